@@ -1,0 +1,52 @@
+"""luthier: raw rows to a governed, served, reversible fine-tuned language model.
+
+    import luthier
+    outcome = luthier.run("examples/guard.yaml", tell=print)
+    luthier.promote("guard")
+
+The public names below load what they need when first used, so importing luthier is quick.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier.api import (
+        chat,
+        compare,
+        doctor,
+        lineage,
+        monitor,
+        parts,
+        plan,
+        promote,
+        releases,
+        rollback,
+        run,
+        runs,
+        show,
+    )
+    from luthier.errors import LuthierError
+    from luthier.http import serve
+    from luthier.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "LuthierError", "Recipe", "chat", "compare", "doctor", "lineage", "monitor", "parts", "plan", "promote",
+    "releases", "rollback", "run", "runs", "serve", "show",
+]  # fmt: skip
+
+_ELSEWHERE = {"LuthierError": "luthier.errors", "Recipe": "luthier.recipe", "serve": "luthier.http"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'luthier' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_ELSEWHERE.get(name, "luthier.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,267 @@
+"""The command line: a thin door onto `api`. Results go to stdout, progress and errors to stderr.
+
+Exit codes are those of `errors`: 0 fine, 2 recipe, 3 data, 4 model, 5 plan, 6 training, 7 a gate refused,
+8 home or disk, 9 not found, 10 serving, 11 fetching, 75 interrupted, 70 a bug of ours. With `--json` the
+last line of stdout is one JSON object, for an error too. Nothing heavy is imported before a verb needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from luthier import tables
+from luthier.errors import LuthierError
+
+if TYPE_CHECKING:
+    from luthier.pipeline import Stop
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Raw rows to a governed, served, reversible fine-tuned language model.",
+    epilog="Start with: luthier run examples/guard.yaml",
+)
+errors = Console(stderr=True)
+results = Console()
+
+Recipe = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
+Model = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME@DIGEST", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="override, e.g. train.0.lr=1e-4")
+]
+Home = Annotated[Path | None, typer.Option("--home", help="default: $LUTHIER_HOME, else ~/.luthier")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of words")]
+
+
+@app.command()
+def run(recipe: Recipe, set: Set = None, home: Home = None, as_json: AsJson = False) -> None:
+    """Take a recipe through all seven stages; finished stages are reused."""
+    _run("monitor", recipe, set, home, as_json)
+
+
+@app.command()
+def plan(recipe: Recipe, set: Set = None, home: Home = None, as_json: AsJson = False) -> None:
+    """Stages 1 to 3: what would be trained, its memory and its minutes, before spending them."""
+    _run("plan", recipe, set, home, as_json)
+
+
+@app.command()
+def runs(home: Home = None, as_json: AsJson = False, limit: int = 50) -> None:
+    """List runs, newest first."""
+    _answer(as_json, lambda api: api.runs(home=home, limit=limit), tables.runs)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="a run's id, or its first letters")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show one run: stages, digests, gates, and where its report is."""
+    _answer(as_json, lambda api: api.show(run, home=home), tables.show)
+
+
+@app.command()
+def compare(a: str, b: str, home: Home = None, as_json: AsJson = False) -> None:
+    """Compare two runs on the test rows they share, with an exact paired test."""
+    _answer(as_json, lambda api: api.compare(a, b, home=home), tables.compare)
+
+
+@app.command()
+def releases(
+    name: Annotated[str | None, typer.Argument()] = None, home: Home = None, as_json: AsJson = False
+) -> None:
+    """List releases and the aliases that stand on them."""
+    _answer(as_json, lambda api: api.releases(name, home=home), tables.releases)
+
+
+@app.command()
+def promote(
+    model: Model,
+    to: Annotated[str, typer.Option(help="the alias to move")] = "production",
+    reason: str = "promoted",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias onto a release (NAME alone means its staging release). One row; nothing is copied."""
+    _answer(as_json, lambda api: api.promote(model, to=to, reason=reason, home=home), tables.moved)
+
+
+@app.command()
+def rollback(name: str, alias: str = "production", home: Home = None, as_json: AsJson = False) -> None:
+    """Move an alias back to where it stood before its last promotion. One row; nothing is rebuilt."""
+    _answer(as_json, lambda api: api.rollback(name, alias=alias, home=home), tables.moved)
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8321,
+    host: str = "127.0.0.1",
+    key: Annotated[
+        str | None, typer.Option(envvar="LUTHIER_API_KEY", help="default: a new one, printed")
+    ] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve every release over HTTP with the OpenAI chat API; alias moves are followed at once."""
+
+    def announce(ready: dict[str, Any]) -> None:
+        if as_json:
+            print(json.dumps(ready), flush=True)
+        else:
+            tables.serving(results, ready)
+
+    with _door(as_json):
+        from luthier import http
+
+        http.serve(home=home, host=host, port=port, key=key, announce=announce)
+
+
+@app.command()
+def chat(
+    model: Model,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="say one thing and leave")] = None,
+    max_tokens: int = 256,
+    home: Home = None,
+) -> None:
+    """Talk to a release on this machine, without a server."""
+    with _door(False):
+        from luthier import api
+
+        for piece in api.chat(model, _spoken(message), max_tokens=max_tokens, home=home):
+            print(piece, end="", flush=True)
+
+
+@app.command()
+def monitor(model: Model, since: str | None = None, home: Home = None, as_json: AsJson = False) -> None:
+    """Requests served so far against the release's own baseline."""
+    _answer(as_json, lambda api: api.monitor(model, since=since, home=home), tables.monitor)
+
+
+@app.command()
+def lineage(
+    what: Annotated[str, typer.Argument(help="NAME@ALIAS, NAME@DIGEST, or the id of a training row")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """From a release back to its rows and base; or from a row to every release that learnt it."""
+    _answer(as_json, lambda api: api.lineage(what, home=home), tables.lineage)
+
+
+@app.command()
+def parts(as_json: AsJson = False) -> None:
+    """List every part a recipe can name."""
+    _answer(as_json, lambda api: api.parts(), tables.parts)
+
+
+@app.command()
+def doctor(home: Home = None, as_json: AsJson = False) -> None:
+    """Check this machine, the libraries, and every byte of what the aliases stand on."""
+    findings: list[dict[str, Any]] = []
+    _answer(as_json, lambda api: findings.extend(api.doctor(home=home)) or findings, tables.doctor)
+    if not all(finding["ok"] for finding in findings):
+        raise typer.Exit(8)
+
+
+def _run(until: str, recipe: Path, overrides: list[str] | None, home: Path | None, as_json: bool) -> None:
+    with _door(as_json):
+        from luthier import api
+        from luthier.pipeline import Stop
+        from luthier.progress import Watch
+
+        stop = Stop()
+        with _signals(stop), Watch(errors) as watch:
+            outcome = api.run(
+                recipe, set=overrides or [], home=home, until=until, tell=watch.tell, stop=stop
+            )
+        if as_json:
+            print(json.dumps(api.describe(outcome)), flush=True)
+        else:
+            tables.outcome(results, api.describe(outcome))
+
+
+@contextmanager
+def _signals(stop: Stop) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask the run to save and stop; a second one stops it where it stands."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.request()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _spoken(message: str | None) -> Iterator[str]:
+    if message is not None:
+        yield message
+        return
+    while True:
+        try:
+            line = errors.input("\n[bold]you[/] ")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def _answer(as_json: bool, ask: Callable[[Any], Any], draw: Callable[[Console, Any], None]) -> None:
+    with _door(as_json):
+        from luthier import api
+
+        answer = ask(api)
+        if as_json:
+            print(json.dumps(answer), flush=True)
+        else:
+            draw(results, answer)
+
+
+@contextmanager
+def _door(as_json: bool) -> Iterator[None]:
+    """The boundary: our errors become a sentence and an exit code; anything else is a bug and says so."""
+    try:
+        yield
+    except LuthierError as error:
+        if as_json:
+            body = {
+                "kind": type(error).__name__,
+                "what": error.what,
+                "where": error.where,
+                "hint": error.hint,
+            }
+            print(json.dumps({"error": body}), flush=True)
+        errors.print(f"[bold red]{type(error).__name__}[/] ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except (BrokenPipeError, KeyboardInterrupt):
+        raise typer.Exit(75) from None
+    except typer.Exit:
+        raise
+    except Exception as error:  # noqa: BLE001 - the outermost boundary of the program
+        errors.print(traceback.format_exc(), markup=False, highlight=False)
+        errors.print(f"[bold red]A bug in luthier:[/] {type(error).__name__}; please report the above.")
+        raise typer.Exit(70) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

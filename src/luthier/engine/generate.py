@@ -1,0 +1,350 @@
+"""Tokens out of weights: one base model, many adapters beside it, greedy or sampled answers.
+
+`Runtime.stream` does for a batch of one what `transformers.generate` does over a `PeftModel` in the same
+dtype (https://huggingface.co/docs/transformers/main_classes/text_generation): the same modules, the same
+attention, the same cache, the adapter unmerged, one forward a token. So a stranger who loads the adapter
+with plain transformers and peft gets the same bits, and `gates/parity` can demand it. top-p sampling is
+Holtzman et al., https://arxiv.org/abs/1904.09751.
+
+`Runtime.greedy` answers many prompts at once for evaluation: sorted by length, left-padded, and the tokens
+that all prompts begin with are read only once. In bfloat16 its rounding differs from a stream's, so at a
+near-tie the two may choose different tokens; what is served is always a stream.
+
+It does not know chat templates, queues or clocks, and it obeys no penalty that a base's
+generation_config.json may ask for. One thread owns a Runtime.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from luthier.errors import ModelError
+
+ROWS = 64  # rows of one evaluation batch
+PADDED_TOKENS = 6144  # and its size once padded; more gains nothing on a CPU and costs memory
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings under which loading an adapter would change the base itself, which every other adapter shares.
+SHARED = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
+PLAIN_STARTS = (True, False, None, "gaussian")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; a seed makes a sampled answer repeatable."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Runtime:
+    """A base model in memory, and the adapters that may be laid over it, each by its digest."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._peft: Any = None
+        self._adapters: dict[str, Path] = {}
+        self._layers: tuple[BaseTunerLayer, ...] = ()
+        self._active: str | None = None
+
+    @classmethod
+    def load(cls, base: Path, threads: int | None = None) -> Runtime:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        transformers_logging.disable_progress_bar()  # progress is shown by whoever asked, not by the library
+        if not any(base.glob("*.safetensors")):
+            raise ModelError(
+                "no safetensors weights here", where=str(base), hint="only safetensors are loaded"
+            )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                base, dtype="auto", attn_implementation="sdpa", local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"transformers cannot load this base model: {error}", where=str(base)) from error
+        return cls(model.eval())
+
+    @property
+    def model(self) -> Any:
+        """The plain transformers model; adapters, once added, are injected into its layers."""
+        return self._model
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
+
+    def add(self, adapter_digest: str, adapter: Path) -> None:
+        """Lay an adapter beside the others. Refused whole, and without a trace, if anything is amiss."""
+        if adapter_digest in self._adapters:
+            return
+        keys = _inspect(adapter)
+        try:
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(
+                    self._model, adapter, adapter_name=adapter_digest, torch_device=str(self._model.device)
+                )
+            else:
+                self._peft.load_adapter(
+                    adapter, adapter_name=adapter_digest, torch_device=str(self._model.device)
+                )
+            loaded = set(get_peft_model_state_dict(self._peft, adapter_name=adapter_digest))
+            if loaded != keys:
+                odd = sorted(loaded ^ keys)
+                raise ValueError(f"{len(odd)} tensor(s) do not belong to this base or are missing: {odd[0]}")
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            self._forget(adapter_digest)
+            first = str(error).strip().splitlines()
+            raise ModelError(
+                f"the adapter does not fit this base: {' '.join(line.strip() for line in first[:3])}",
+                where=str(adapter),
+                hint="load it over the base it was trained on",
+            ) from error
+        self._peft.eval()
+        self._adapters[adapter_digest] = adapter
+        self._rescan()
+
+    def drop(self, adapter_digest: str) -> None:
+        if self._adapters.pop(adapter_digest, None) is not None:
+            self._forget(adapter_digest)
+
+    def stream(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None, stop_ids: frozenset[int]
+    ) -> Iterator[int]:
+        """Answer one prompt token by token; a stop token is the last one yielded.
+
+        Streams may be advanced in turn, each over its own adapter: the adapter is chosen anew per step.
+        """
+        if not prompt_ids:
+            raise ModelError("an empty prompt has no next token")
+        self._require(adapter)
+        return self._stream(list(prompt_ids), sampling, adapter, stop_ids)
+
+    def _stream(
+        self, prompt_ids: list[int], sampling: Sampling, adapter: str | None, stop_ids: frozenset[int]
+    ) -> Iterator[int]:
+        generator = torch.Generator()
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        cache = DynamicCache(config=self._model.config)
+        ids_BT = torch.tensor([prompt_ids])
+        for _ in range(sampling.max_new_tokens):
+            logits_V = self._step(ids_BT, cache, adapter)
+            token = choose(logits_V, sampling, generator)
+            yield token
+            if token in stop_ids:
+                return
+            ids_BT = torch.tensor([[token]])
+
+    @torch.inference_mode()
+    def _step(self, ids_BT: Tensor, cache: Any, adapter: str | None) -> Tensor:
+        """Logits (float32) after the last of `ids`; no mask is given because nothing is padded."""
+        self._use(adapter)
+        out = self._model(
+            input_ids=ids_BT.to(self._model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits_V: Tensor = out.logits[0, -1].to(copy=True, dtype=torch.float32, device="cpu")
+        return logits_V
+
+    @torch.inference_mode()
+    def greedy(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        adapter: str | None,
+        stop_ids: frozenset[int],
+        tell: Progress | None = None,
+    ) -> list[list[int]]:
+        """Greedy answers to many prompts, each ending with its stop token unless it ran out of room."""
+        if any(not prompt for prompt in prompts):
+            raise ModelError("an empty prompt has no next token")
+        self._require(adapter)
+        shared = self._read_shared(prompts, adapter)
+        start = shared.get_seq_length()
+        answers: list[list[int]] = [[] for _ in prompts]
+        done = 0
+        for batch in batches([len(prompt) - start for prompt in prompts]):
+            rows = [list(prompts[n][start:]) for n in batch]
+            self._use(adapter)
+            for n, answer in zip(batch, self._answer(rows, shared, max_new_tokens, stop_ids), strict=True):
+                answers[n] = answer
+            done += len(batch)
+            if tell is not None:
+                tell(done, len(prompts))
+        return answers
+
+    def _read_shared(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> Any:
+        """A cache that holds what all prompts begin with (empty where sharing would not be plain)."""
+        cache = DynamicCache(config=self._model.config)
+        length = common_prefix(prompts)
+        if length and not any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            self._step(torch.tensor([list(prompts[0][:length])]), cache, adapter)
+        return cache
+
+    def _answer(
+        self, rows: list[list[int]], shared: Any, max_new_tokens: int, stop_ids: frozenset[int]
+    ) -> list[list[int]]:
+        """Left-pad one batch behind the shared prefix and decode until every row has stopped."""
+        start, widest = shared.get_seq_length(), max(map(len, rows))
+        pads_B = torch.tensor([widest - len(row) for row in rows])
+        ids_BT = torch.tensor([[0] * (widest - len(row)) + row for row in rows])
+        mask_BT = torch.ones(len(rows), start + widest, dtype=torch.long)
+        mask_BT[:, start:] = (torch.arange(widest) >= pads_B[:, None]).long()
+        at_BT = (start + torch.arange(widest) - pads_B[:, None]).clamp(min=0)
+        cache = DynamicCache(config=self._model.config)
+        if start:
+            for n, layer in enumerate(shared.layers):
+                cache.update(
+                    layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1), n
+                )
+        answers: list[list[int]] = [[] for _ in rows]
+        alive = list(range(len(rows)))
+        for _ in range(max_new_tokens):
+            out = self._model(
+                input_ids=ids_BT, attention_mask=mask_BT, position_ids=at_BT, past_key_values=cache,
+                use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            chosen: list[int] = out.logits[:, -1].float().argmax(-1).tolist()
+            for row, token in zip(alive, chosen, strict=True):
+                answers[row].append(token)
+            keep = [n for n, token in enumerate(chosen) if token not in stop_ids]
+            if not keep:
+                break
+            if len(keep) < len(alive):
+                alive = [alive[n] for n in keep]
+                cache.batch_select_indices(torch.tensor(keep))
+                mask_BT, at_BT = mask_BT[keep], at_BT[keep]
+            ids_BT = torch.tensor([[chosen[n]] for n in keep])
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(keep), 1)], dim=1)
+            at_BT = at_BT[:, -1:] + 1
+        return answers
+
+    def _require(self, adapter: str | None) -> None:
+        if adapter is not None and adapter not in self._adapters:
+            raise ModelError(
+                f"adapter {adapter} is not loaded", hint="add it first, or it was dropped meanwhile"
+            )
+
+    def _use(self, adapter: str | None) -> None:
+        """Make one adapter (or none: the bare base) speak; costs nothing when it already does."""
+        self._require(adapter)
+        if adapter != self._active:
+            self._switch(adapter)
+
+    def _switch(self, adapter: str | None) -> None:
+        wanted = [] if adapter is None else [adapter]
+        for layer in self._layers:
+            layer.set_adapter(wanted, inference_mode=True)
+        self._active = adapter
+
+    def _rescan(self) -> None:
+        self._layers = tuple(m for m in self._model.modules() if isinstance(m, BaseTunerLayer))
+        self._switch(None)
+
+    def _forget(self, adapter_digest: str) -> None:
+        """Take an adapter out of every layer; with the last one the layers themselves are unwrapped."""
+        if self._adapters and self._peft is not None:
+            self._rescan()
+            for layer in self._layers:
+                layer.delete_adapter(adapter_digest)
+            self._peft.peft_config.pop(adapter_digest, None)
+        else:
+            for name, module in list(self._model.named_modules()):
+                if isinstance(module, BaseTunerLayer):
+                    self._model.set_submodule(name, module.get_base_layer())
+            if hasattr(self._model, "peft_config"):
+                del self._model.peft_config
+            self._peft = None
+        self._rescan()
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token: the likeliest, or one drawn from the nucleus that holds `top_p` of the mass."""
+    if sampling.temperature <= 0:
+        return int(logits_V.argmax())
+    p_V, order_V = torch.softmax(logits_V / sampling.temperature, dim=-1).sort(descending=True, stable=True)
+    before_V = p_V.cumsum(0) - p_V
+    p_V = p_V.masked_fill(before_V >= sampling.top_p, 0.0)
+    p_V[0] = p_V[0].clamp(min=torch.finfo(p_V.dtype).tiny)
+    return int(order_V[torch.multinomial(p_V, 1, generator=generator)])
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own."""
+    if len(prompts) < 2:
+        return 0
+    rows = [tuple(prompt) for prompt in prompts]
+    low, high = min(rows), max(rows)  # whatever these two share, all share
+    shortest = min(map(len, rows))
+    differs = (n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
+    return min(next(differs, shortest), shortest - 1)
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length, the longest first (so memory peaks at the start)."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        widest = lengths[batch[0]] if batch else lengths[row]
+        if batch and (len(batch) == ROWS or widest * (len(batch) + 1) > PADDED_TOKENS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _inspect(adapter: Path) -> set[str]:
+    """Names of an adapter's tensors, once its files are safe to open: safetensors, finite, its own."""
+    for path in sorted(adapter.iterdir()) if adapter.is_dir() else []:
+        if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"}:
+            raise ModelError(
+                f"{path.name} could run code when loaded", where=str(path), hint="safetensors only"
+            )
+    try:
+        config = json.loads((adapter / CONFIG).read_text("utf-8"))
+        with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
+            keys = set(tensors.keys())
+            bad = next(
+                (key for key in sorted(keys) if not torch.isfinite(tensors.get_tensor(key)).all()), None
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"not an adapter folder ({CONFIG} and {WEIGHTS}): {error}", where=str(adapter)
+        ) from error
+    if bad is not None:
+        raise ModelError(
+            f"{bad} contains NaN or infinity", where=str(adapter / WEIGHTS), hint="train it again"
+        )
+    if not keys:
+        raise ModelError("the adapter holds no tensor", where=str(adapter / WEIGHTS))
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise ModelError("`peft_type` is missing", where=str(adapter / CONFIG))
+    shared = [name for name in SHARED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        shared.append("bias")
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        shared.append("init_lora_weights")
+    if shared or config.get("num_virtual_tokens"):
+        raise ModelError(
+            f"{', '.join(shared) or 'virtual tokens'}: such an adapter changes more than its own layers",
+            where=str(adapter / CONFIG),
+            hint="adapters here share one base and must leave it as it is",
+        )
+    return keys

@@ -1,0 +1,138 @@
+"""One chat request from its arrival to its line in the log.
+
+Events come from the worker's thread into the event loop; a client that goes away is noticed while it
+waits, too, and its place in the worker is free before the next token. Each exchange leaves exactly one
+record, whatever became of it: counts and times, never text. Status 499 (nginx's) marks a client that left.
+It does not know JSON or shapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from starlette.requests import ClientDisconnect, Request
+
+from luthier.errors import ServeError
+from luthier.http.problems import RequestError, TooLarge
+from luthier.serving.service import Service
+from luthier.serving.worker import Ask, Event, Failed, Heard, Said
+from luthier.store import RequestRecord
+
+BODY_S = 30.0
+GONE = 499
+
+
+class ClientGone(ServeError):
+    """Nobody is listening any more."""
+
+    http_code = GONE
+
+
+class TooSlow(RequestError):
+    """The body did not arrive in time."""
+
+    http_code = 408
+
+
+class Exchange:
+    def __init__(self, request: Request, note: Callable[[RequestRecord], None]) -> None:
+        self._request = request
+        self._note: Callable[[RequestRecord], None] | None = note
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._cancel: Callable[[], None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._began_s = time.monotonic()
+        self._first_token_s: float | None = None
+        self.model = ""
+        self.release: str | None = None
+        self.prompt_tokens = self.completion_tokens = 0
+        self.status = GONE  # until it ends some other way
+        self.error: str | None = "ClientGone"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-luthier-release": self.release} if self.release else {}
+
+    async def body(self, limit_bytes: int) -> bytes:
+        """The request's body; too large or too slow is refused without reading on."""
+        declared = self._request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit_bytes:
+            raise _too_large(limit_bytes)
+        data = bytearray()
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for chunk in self._request.stream():
+                    data += chunk
+                    if len(data) > limit_bytes:
+                        raise _too_large(limit_bytes)
+        except TimeoutError:
+            raise TooSlow(f"the body did not arrive within {BODY_S:g} s") from None
+        except ClientDisconnect:
+            raise ClientGone("the client left before its request was read") from None
+        return bytes(data)
+
+    def begin(self, service: Service, ask: Ask) -> None:
+        loop = asyncio.get_running_loop()
+
+        def sink(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self.prompt_tokens = len(ask.prompt_ids)
+        self._cancel = service.submit(ask, sink)
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def next(self) -> Heard:
+        """The next event of the answer; a failure or a client that left is raised."""
+        event = await self._events.get()
+        if event is None:
+            raise ClientGone("the client left")
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Said):
+            self.completion_tokens += 1
+            if self._first_token_s is None:
+                self._first_token_s = time.monotonic() - self._began_s
+        return event
+
+    def ended(self, status: int, error: Exception | None = None) -> None:
+        self.status, self.error = status, type(error).__name__ if error else None
+
+    def close(self) -> None:
+        """Free the place and leave the record; a second call does nothing."""
+        note, self._note = self._note, None
+        if note is None:
+            return
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._cancel is not None:
+            self._cancel()
+        note(
+            RequestRecord(
+                at=self._at,
+                release=self.release,
+                model=self.model,
+                status=self.status,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=self.completion_tokens,
+                first_token_s=self._first_token_s,
+                total_s=time.monotonic() - self._began_s,
+                error=self.error,
+            )
+        )
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        if self._cancel is not None:
+            self._cancel()
+        self._events.put_nowait(None)
+
+
+def _too_large(limit_bytes: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {limit_bytes} bytes", code="body_too_large")

@@ -1,0 +1,50 @@
+"""What Prometheus sees: requests by release and status, latencies, tokens, and how full the server is.
+
+Source: https://prometheus.io/docs/practices/naming. Each app has its own registry, so two servers in one
+process do not share counts. Releases are the only label that grows; there are as many as were asked for
+by a name that exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from luthier.serving.service import Service
+from luthier.store import RequestRecord
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Meter:
+    def __init__(self, service: Service) -> None:
+        self._registry = into = CollectorRegistry()
+        mine = ["release"]
+        self._requests = Counter("luthier_requests", "chat requests", [*mine, "status"], registry=into)
+        self._tokens = Counter("luthier_tokens", "tokens read and written", [*mine, "kind"], registry=into)
+        self._seconds = Histogram(
+            "luthier_request_seconds", "time to the whole answer", mine, buckets=SECONDS, registry=into
+        )
+        self._first = Histogram(
+            "luthier_first_token_seconds", "time to the first token", mine, buckets=SECONDS, registry=into
+        )
+        worker, journal = service.worker, service.journal
+        self._gauge("luthier_in_flight", "answers growing now", lambda: worker.counts().active)
+        self._gauge("luthier_queue", "requests waiting for a turn", lambda: worker.counts().waiting)
+        self._gauge("luthier_request_log_dropped", "records the log missed", lambda: journal.dropped)
+
+    def _gauge(self, name: str, meaning: str, read: Callable[[], float]) -> None:
+        Gauge(name, meaning, registry=self._registry).set_function(read)
+
+    def note(self, record: RequestRecord) -> None:
+        release = (record.release or "none")[:12]
+        self._requests.labels(release, str(record.status)).inc()
+        self._seconds.labels(release).observe(record.total_s)
+        if record.first_token_s is not None:
+            self._first.labels(release).observe(record.first_token_s)
+        self._tokens.labels(release, "prompt").inc(record.prompt_tokens)
+        self._tokens.labels(release, "completion").inc(record.completion_tokens)
+
+    def page(self) -> bytes:
+        return generate_latest(self._registry)

@@ -1,0 +1,82 @@
+"""Every refusal in OpenAI's error shape: {"error": {"message", "type", "param", "code"}}.
+
+Source: https://platform.openai.com/docs/guides/error-codes. A luthier error keeps its own HTTP code and
+says what and what to do; where (a path of this machine) stays in the server's log. An error that is a
+bug says nothing about itself to the client.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from luthier.errors import GateRefused, LuthierError, NotFound, ServeError
+from luthier.serving.limits import Busy
+from luthier.serving.service import TooLong
+
+KINDS = {403: "permission_error", 429: "rate_limit_error"}
+CODES: tuple[tuple[type[LuthierError], str], ...] = (
+    (TooLong, "context_length_exceeded"),
+    (NotFound, "model_not_found"),
+    (GateRefused, "model_refused"),
+    (Busy, "queue_full"),
+)
+PARAMS = {"model_not_found": "model", "model_refused": "model", "context_length_exceeded": "messages"}
+
+
+class RequestError(ServeError):
+    """The request itself is wrong; `param` names the field."""
+
+    http_code = 400
+
+    def __init__(
+        self, what: str, *, param: str | None = None, code: str | None = None, hint: str | None = None
+    ):
+        super().__init__(what, hint=hint)
+        self.param = param
+        self.code = code
+
+
+class TooLarge(RequestError):
+    """The body is larger than this server reads."""
+
+    http_code = 413
+
+
+def body(error: Exception) -> dict[str, Any]:
+    """The JSON body for an error."""
+    if not isinstance(error, LuthierError):
+        return _shape("the server failed; its log has the details", "server_error", None, "internal_error")
+    message = f"{error.what} ({error.hint})" if error.hint else error.what
+    kind = KINDS.get(error.http_code, "invalid_request_error" if error.http_code < 500 else "server_error")
+    if isinstance(error, RequestError):
+        return _shape(message, kind, error.param, error.code)
+    code = next((code for family, code in CODES if isinstance(error, family)), None)
+    param = PARAMS.get(code or "")
+    return _shape(message, kind, param, code or ("unavailable" if error.http_code == 503 else None))
+
+
+def status(error: Exception) -> int:
+    return error.http_code if isinstance(error, LuthierError) else 500
+
+
+def response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+    extra = dict(headers or {})
+    if isinstance(error, Busy):
+        extra["retry-after"] = str(error.retry_after_s)
+    if isinstance(error, TooLarge):
+        extra["connection"] = "close"  # the rest of the body was not read
+    return JSONResponse(body(error), status(error), headers=extra)
+
+
+def refusal(
+    code: int, message: str, reason: str | None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """A refusal that has no exception behind it (no route, no key)."""
+    kind = KINDS.get(code, "invalid_request_error" if code < 500 else "server_error")
+    return JSONResponse(_shape(message, kind, None, reason), code, headers=headers)
+
+
+def _shape(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

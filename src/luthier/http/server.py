@@ -1,0 +1,140 @@
+"""Starting and stopping: claim the port, load what is in production, answer, leave in good order.
+
+uvicorn (https://www.uvicorn.org) speaks HTTP/1.1. On SIGTERM or Ctrl-C no new request is taken, those under
+way may finish within the grace time, what is then left gets a well-formed error, and the request log is
+written out. It does not know TLS; bind to this machine, or put a proxy that does in front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import math
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+
+from luthier.errors import ServeError
+from luthier.home import Home
+from luthier.http.app import create_app
+from luthier.http.auth import new_key
+from luthier.serving.limits import DEFAULTS, Limits
+from luthier.serving.service import Service
+from luthier.store import Store
+
+BEAT_S = 0.05
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where to listen and how much to take on. Without a `key` a new one is made; set `stop` to end it."""
+
+    host: str = "127.0.0.1"
+    port: int = 8321
+    key: str | None = None
+    limits: Limits = DEFAULTS
+    threads: int | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, Any]], None]) -> None:
+    """Serve until a signal or `door.stop`; `announce({"url", "key"})` once requests will be answered."""
+    if door.key is not None and len(door.key) < 8:
+        raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
+    key = door.key or new_key()
+    service = Service(store, home, door.limits, door.threads)
+    with _claimed(door.host, door.port) as claimed, _signals(door.stop), service:
+        service.warm()
+        config = uvicorn.Config(
+            create_app(service, key),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=math.ceil(door.limits.grace_s) + 5,
+        )
+        ready = {"url": _url(claimed), "key": key}
+        asyncio.run(_live(uvicorn.Server(config), claimed, service, door, lambda: announce(ready)))
+
+
+async def _live(
+    server: uvicorn.Server, claimed: socket.socket, service: Service, door: Door, ready: Callable[[], None]
+) -> None:
+    """uvicorn's life: told when it is ready, stopped when asked, the worker drained meanwhile."""
+    serving = asyncio.create_task(server.serve([claimed]))
+    draining: asyncio.Future[None] | None = None
+    try:
+        while not (server.started or serving.done()):
+            await asyncio.wait({serving}, timeout=BEAT_S / 10)
+        if not serving.done():
+            ready()
+        while not serving.done():
+            server.should_exit |= door.stop.is_set()
+            if server.should_exit and draining is None:
+                draining = asyncio.ensure_future(asyncio.to_thread(service.worker.close, door.limits.grace_s))
+            await asyncio.wait({serving}, timeout=BEAT_S)
+    finally:
+        server.should_exit = True
+        await serving
+        if draining is not None:
+            await draining
+
+
+@contextmanager
+def _claimed(host: str, port: int) -> Iterator[socket.socket]:
+    """A listening socket, had before anything slow is done. Early clients wait in its backlog."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        claimed = socket.socket(family, kind, proto)
+    except (OSError, OverflowError) as error:
+        raise _unusable(host, port, error) from error
+    with claimed:
+        try:
+            claimed.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            claimed.bind(address)
+            claimed.listen(2048)
+        except (OSError, OverflowError) as error:
+            raise _unusable(host, port, error) from error
+        yield claimed
+
+
+def _unusable(host: str, port: int, error: Exception) -> ServeError:
+    number = getattr(error, "errno", None)
+    if number == errno.EADDRINUSE:
+        return ServeError(f"port {port} is in use", hint="stop what listens there, or let --port 0 find one")
+    if number == errno.EACCES:
+        return ServeError(f"port {port} needs more rights than we have", hint="choose a port above 1023")
+    return ServeError(f"cannot listen on {host!r} port {port}: {error}", hint="use --host 127.0.0.1")
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and Ctrl-C set `stop`. uvicorn takes them over while it runs and raises them anew at its end,
+    which without this would kill the process that has just shut down in good order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _url(claimed: socket.socket) -> str:
+    host, port = claimed.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

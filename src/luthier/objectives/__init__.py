@@ -1,0 +1,45 @@
+"""Objectives: what is minimised. One file is one loss, with its paper, its equation and its own `Params`.
+
+A part declares `Params`, `ROWS` (the row type it reads), `NEEDS` (what else must be at hand, a subset of
+reference, teacher, value, rollouts) and a pure `loss(policy, reference, batch, params) -> Loss`, where
+`policy` and `reference` are log-probabilities of the batch's target tokens (`logp_N`). A loss never sees a
+model, an optimiser or a device. This module does not know how a batch is built or a loss is minimised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents (D) laid end to end (T tokens, no padding) and the tokens to be learnt (N of them).
+
+    ids_T, positions_T:  the tokens, and their place in their own document.
+    lengths_D:           tokens of each document; they sum to T.
+    places_N:            where in T the hidden state lies that predicts a target (one before the target).
+    targets_N, rows_N:   the token to predict there, and the number of its document.
+    rows:                id of each document's row.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    lengths_D: tuple[int, ...]
+    places_N: Tensor
+    targets_N: Tensor
+    rows_N: Tensor
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A sum over `count` units, not a mean: the engine divides by the units of the whole optimiser step."""
+
+    total: Tensor
+    count: int
+    metrics: Mapping[str, float] = field(default_factory=dict)

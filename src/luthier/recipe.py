@@ -1,0 +1,170 @@
+"""The one typed source of configuration: what a recipe may say, and its defaults.
+
+A recipe names parts (`{name: lora, r: 16}`) and never code. It is frozen, unknown keys are refused,
+defaults are validated. Reading YAML and pointing at the wrong line is `recipe_file`'s work; this module
+knows neither files nor the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from luthier.plugins import Part, choice
+
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ChatForm(Section):
+    """How a flat record becomes a conversation: `{column}` is replaced by the record's value."""
+
+    system: str | None = None
+    user: Text = "{prompt}"
+    assistant: Text = "{completion}"
+
+
+class Source(Section):
+    """Where rows come from, and the right to use them."""
+
+    origin: choice("sources") = Field(alias="from")  # type: ignore[valid-type]
+    licence: Text = Field(description="SPDX identifier of the rows, e.g. MIT, Apache-2.0, CC-BY-4.0")
+    purpose: Text = Field(description="what these rows may be and are used for here")
+    chat: ChatForm | None = Field(default=None, description="omit it when records already have `messages`")
+    values: dict[str, dict[str, str]] = Field(
+        default={}, description="column → {value in file: value to use}"
+    )
+
+
+class Split(Section):
+    """Shares held out of rows whose source does not declare a split of its own."""
+
+    validation: Share = 0.1
+    test: Share = 0.1
+    by: Literal["random", "stratified"] = "stratified"
+
+
+class Data(Section):
+    sources: tuple[Source, ...] = Field(min_length=1)
+    split: Split = Split()
+    dedup: Literal["exact", "none"] = "exact"
+
+
+class Model(Section):
+    origin: choice("sources") = Field(alias="from")  # type: ignore[valid-type]
+    licence: Text
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class Plan(Section):
+    max_length: int = Field(default=1024, ge=8, le=131072, description="tokens; a longer row stops the run")
+    memory_gb: float | None = Field(default=None, gt=0, description="budget; default: 85 % of what is free")
+    minutes: float | None = Field(default=None, gt=0, description="refuse a run predicted to train longer")
+    threads: int | None = Field(default=None, ge=1, description="default: all cores")
+
+
+class Validation(Section):
+    every: int = Field(default=25, ge=1, description="optimiser steps between looks at held-out loss")
+    rows: int = Field(default=256, ge=1)
+    patience: int = Field(default=3, ge=1, description="looks without improvement before stopping early")
+
+
+class Phase(Section):
+    """One pass of training: what is minimised, which weights move, and how."""
+
+    objective: choice("objectives") = Field(default={"name": "sft"})  # type: ignore[valid-type]
+    method: choice("methods") = Field(default={"name": "lora"})  # type: ignore[valid-type]
+    steps: int | None = Field(default=None, ge=1, description="optimiser steps; or give `epochs`")
+    epochs: float | None = Field(default=None, gt=0)
+    batch: int = Field(default=16, ge=1, description="rows per optimiser step")
+    lr: float = Field(default=2e-4, gt=0, le=1)
+    warmup: Share = Field(default=0.05, description="share of the steps, linear from 0")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
+    validation: Validation = Validation()
+    checkpoint_every: int = Field(default=10, ge=1, description="optimiser steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Phase:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        return self
+
+
+class Evaluate(Section):
+    labels: tuple[Text, ...] = Field(default=(), description="closed set of answers; empty: exact match")
+    positive: str | None = Field(default=None, description="the label that F1 is about")
+    rows: int | None = Field(default=None, ge=1, description="only this many test rows (for smoke runs)")
+    max_new_tokens: int = Field(default=8, ge=1, le=4096)
+    baselines: tuple[choice("baselines"), ...] = ()  # type: ignore[valid-type]
+    latency_requests: int = Field(
+        default=50, ge=1, description="single requests timed for the release's baseline"
+    )
+
+    @model_validator(mode="after")
+    def _positive_is_a_label(self) -> Evaluate:
+        if self.positive is not None and self.positive not in self.labels:
+            raise ValueError(f"`positive` is {self.positive!r}, which is not in `labels` {list(self.labels)}")
+        return self
+
+
+class Release(Section):
+    gates: tuple[choice("gates"), ...] = Field(min_length=1)  # type: ignore[valid-type]
+    alias: Text = Field(
+        default="staging", pattern=r"^[a-z][a-z0-9-]{0,30}$", description="moves when all gates pass"
+    )
+    champion: Text = Field(default="production", pattern=r"^[a-z][a-z0-9-]{0,30}$")
+    intended_use: Text
+    limits: Text = Field(description="what the model must not be trusted with; printed on its card")
+
+
+class Monitor(Section):
+    latency_ratio: float = Field(default=2.0, gt=1, description="p95 against the release's own baseline")
+    error_rate: float = Field(default=0.01, ge=0, le=1)
+    minimum_requests: int = Field(default=20, ge=1, description="fewer than this: no verdict")
+
+
+class Recipe(Section):
+    luthier: Literal[1] = Field(description="version of the recipe language")
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9-]{0,47}$", description="the model's name: NAME@ALIAS when served"
+    )
+    seed: int = Field(default=17, ge=0, lt=2**32)
+    data: Data
+    model: Model
+    plan: Plan = Plan()
+    train: tuple[Phase, ...] = Field(min_length=1, max_length=1)
+    evaluate: Evaluate = Evaluate()
+    release: Release
+    monitor: Monitor = Monitor()
+
+    def section(self, stage: str) -> Any:
+        """The part of the recipe that one stage acts on."""
+        return getattr(self, stage)
+
+    def parts(self, stage: str) -> tuple[Part, ...]:
+        """Every part that the stage's section names, in the order of the recipe."""
+        found: list[Part] = []
+        _collect(self.section(stage), found)
+        return tuple(found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved recipe: every default filled in, as plain JSON values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def _collect(value: object, found: list[Part]) -> None:
+    if isinstance(value, Part):
+        found.append(value)
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            _collect(getattr(value, name), found)
+    elif isinstance(value, tuple):
+        for item in value:
+            _collect(item, found)

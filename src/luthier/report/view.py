@@ -1,0 +1,252 @@
+"""From a run's plain values to what the page shows: rows of text and drawings, section by section.
+
+A section that has nothing to show is empty, and the template says why. All text stays plain `str` here;
+the template escapes it. This module does not know where files are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+
+from luthier.report import charts
+from luthier.report.dataset import dataset, source_name, source_pin
+from luthier.report.folders import Record, ReportInput, mapping
+from luthier.report.lineage import Node, graph
+from luthier.report.numbers import (
+    DASH,
+    clip,
+    count,
+    duration,
+    named,
+    number,
+    rate,
+    short,
+    signed_percent,
+    size,
+    visible,
+)
+from luthier.report.outcome import halted_at, outcome, tiles, verdicts
+from luthier.report.scores import LIMIT, confusions, examples, majority, metrics, notes, pairs
+from luthier.stages import ORDER
+
+
+@dataclass(frozen=True)
+class Step:
+    """One cell of the stage strip; `state` is done, reused, failed or absent."""
+
+    name: str
+    time: str
+    state: str
+    share: float
+
+
+def contents(record: ReportInput) -> dict[str, Any]:
+    """Everything the template names."""
+    return {
+        "name": visible(record.run.get("name") or "unnamed run"),
+        "run_id": visible(record.run.get("run_id") or DASH),
+        "when": _when(record),
+        "outcome": outcome(record),
+        "tiles": tiles(record),
+        "steps": _steps(record),
+        "halted": _halted(record),
+        "curve": _curve(record),
+        "validation": [(count(step), f"{loss:.4f}") for step, loss in _points(record.validation)],
+        "metrics": metrics(record),
+        "majority": majority(record),
+        "pairs": pairs(record),
+        "notes": notes(record),
+        "rows": count(record.scorecard.get("rows")),
+        "confusions": confusions(record),
+        "examples": examples(record),
+        "limit": LIMIT,
+        "gates": _gates(record),
+        "forecast": _forecast(record),
+        "efficiency": _efficiency(record),
+        "data": dataset(record.card),
+        "lineage": graph(_nodes(record)),
+        "monitor": _monitor(record),
+        "recipe": _recipe(record),
+        "machine": _machine(record),
+        "problems": [visible(problem) for problem in record.problems],
+    }
+
+
+def _when(record: ReportInput) -> str:
+    """`2025-11-22 01:30 UTC, 12 min 05 s`, as far as it is known."""
+    begun, ended = (_time(record.run.get(key)) for key in ("started_at", "finished_at"))
+    if begun is None:
+        return ""
+    took = f", {duration((ended - begun).total_seconds())}" if ended else ""
+    return f"{begun:%Y-%m-%d %H:%M} UTC{took}"
+
+
+def _time(text: object) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _halted(record: ReportInput) -> str:
+    """Which stages left nothing, so that a missing section is not taken for an empty result."""
+    absent = [stage for stage in ORDER if not record.stage(stage)]
+    if not absent:
+        return ""
+    names = " and ".join(filter(None, [", ".join(absent[:-1]), absent[-1]]))
+    return f"Not completed: {names}. Sections that need {'it' if len(absent) == 1 else 'them'} are left out."
+
+
+def _steps(record: ReportInput) -> list[Step]:
+    seconds = {stage: number(record.stage(stage).get("seconds")) or 0.0 for stage in ORDER}
+    whole = sum(seconds.values()) or 1.0
+    broken = halted_at(record) if record.run.get("status") in ("failed", "interrupted") else None
+    steps = []
+    for stage in ORDER:
+        entry = record.stage(stage)
+        state = (
+            "reused"
+            if entry.get("reused")
+            else "done"
+            if entry
+            else "failed"
+            if stage == broken
+            else "absent"
+        )
+        if stage == "release" and entry and record.release.get("accepted") is False:
+            state = "refused"
+        time = duration(entry.get("seconds")) if entry else "not reached"
+        time = {"reused": "reused", "failed": "stopped here"}.get(state, time)
+        steps.append(Step(stage, time, state, seconds[stage] / whole))
+    return steps
+
+
+def _points(rows: Sequence[Record]) -> list[tuple[float, float]]:
+    pairs = [(number(row.get("step")), number(row.get("loss"))) for row in rows]
+    return [(step, loss) for step, loss in pairs if step is not None and loss is not None]
+
+
+def _curve(record: ReportInput) -> Markup | None:
+    train, validation = _points(record.curve), _points(record.validation)
+    if not train and not validation:
+        return None
+    return charts.curves(train, validation, number(record.facts("train").get("best_step")))
+
+
+def _gates(record: ReportInput) -> list[tuple[bool, str, str, list[tuple[str, str]]]]:
+    return [
+        (
+            bool(item.get("passed")),
+            visible(item.get("gate")),
+            visible(item.get("reason") or ""),
+            _facts(mapping(item.get("evidence"))),
+        )
+        for item in verdicts(record)
+    ]
+
+
+def _facts(found: Record, limit: int = 160) -> list[tuple[str, str]]:
+    pairs = (named(str(name), value) for name, value in found.items())
+    return [(label, clip(value, limit)) for label, value in pairs]
+
+
+def _forecast(record: ReportInput) -> list[tuple[str, str, str, str]]:
+    """What the plan foresaw, what came, and by how much the plan was off."""
+    train, plan = record.facts("train"), record.plan
+    foreseen = record.prediction
+    pairs = (
+        ("peak memory", foreseen.get("peak_gb"), train.get("peak_rss_bytes"), 1e9, size),
+        ("training time", foreseen.get("minutes"), train.get("train_seconds"), 60.0, duration),
+        ("tokens trained on", plan.get("tokens"), train.get("useful_tokens"), 1.0, count),
+        ("optimiser steps", plan.get("steps"), train.get("steps"), 1.0, count),
+    )
+    rows = []
+    for label, planned, came, scale, shown in pairs:
+        expected, actual = number(planned), number(came)
+        if expected is None and actual is None:
+            continue
+        off = signed_percent(expected * scale / actual - 1) if expected is not None and actual else DASH
+        rows.append((label, shown(None if expected is None else expected * scale), shown(actual), off))
+    return rows
+
+
+def _efficiency(record: ReportInput) -> list[tuple[str, str]]:
+    found, rows = record.efficiency, []
+    latency, first = mapping(found.get("latency")), mapping(found.get("first_token"))
+    for part in ("p50", "p95", "p99"):
+        rows.append((f"answer, {part}", duration(latency.get(part, found.get(f"latency_{part}")))))
+    for part in ("p50", "p95"):
+        rows.append((f"first token, {part}", duration(first.get(part, found.get(f"first_token_{part}")))))
+    rows += [
+        ("generation", rate(found.get("tokens_per_s"))),
+        ("peak memory", size(found.get("peak_rss_bytes"))),
+        ("adapter on disk", size(found.get("adapter_bytes"))),
+        ("base on disk", size(found.get("base_bytes"))),
+        ("timed requests", count(found.get("requests"))),
+        ("errors among them", count(found.get("errors"))),
+    ]
+    return [(label, value) for label, value in rows if value != DASH]
+
+
+def _nodes(record: ReportInput) -> dict[str, Node]:
+    """The boxes of the lineage; a source's and the base's digest are those their stages recorded."""
+    details = {
+        "data": _total(record),
+        "model": visible(record.base.get("dtype") or ""),
+        "plan": f"{count(record.plan.get('steps'))} steps",
+        "train": f"kept step {count(record.facts('train').get('best_step'))}",
+        "evaluate": f"{count(record.scorecard.get('rows'))} rows",
+        "release": outcome(record).verdict,
+    }
+    titles = {"train": "adapter", "evaluate": "scorecard"}
+    nodes = {}
+    for stage, detail in details.items():
+        entry = record.stage(stage)
+        told = detail if entry else "not reached"
+        nodes[stage] = Node(
+            titles.get(stage, stage), told, short(entry.get("digest")), bool(entry), stage == "release"
+        )
+    sources = [mapping(entry) for entry in record.card.get("sources") or ()]
+    more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
+    named_by = source_name(sources[0]) + more if sources else "not reached"
+    nodes["sources"] = Node("sources", named_by, source_pin(sources[0]) if sources else DASH, bool(sources))
+    nodes["base"] = Node(
+        "base",
+        visible(record.base.get("architecture") or ""),
+        short(record.base.get("digest")),
+        bool(record.base),
+    )
+    return nodes
+
+
+def _total(record: ReportInput) -> str:
+    rows = [number(value) or 0.0 for value in mapping(record.facts("data").get("rows")).values()]
+    return f"{count(sum(rows))} rows" if rows else ""
+
+
+def _monitor(record: ReportInput) -> dict[str, Any]:
+    """Each signal's verdict (yes, no or open) and the counts beside them."""
+    if not record.monitor:
+        return {}
+    signals = []
+    for item in map(mapping, record.monitor.get("signals") or ()):
+        verdict = "open" if item.get("ok") is None else "yes" if item["ok"] else "no"
+        rest = {name: value for name, value in item.items() if name not in ("signal", "ok")}
+        signals.append((verdict, visible(item.get("signal")), "; ".join(f"{a} {b}" for a, b in _facts(rest))))
+    return {"signals": signals, "rest": _facts({k: v for k, v in record.monitor.items() if k != "signals"})}
+
+
+def _recipe(record: ReportInput) -> str:
+    found = record.run.get("recipe")
+    return json.dumps(found, indent=2, ensure_ascii=False, default=str) if found else ""
+
+
+def _machine(record: ReportInput) -> list[tuple[str, str]]:
+    return _facts({**mapping(record.run.get("host")), **record.machine}, 200)

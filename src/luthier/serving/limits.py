@@ -1,0 +1,40 @@
+"""How much one server takes on at once, and the error that says it is full.
+
+RFC 6585 §4 (429 Too Many Requests) and RFC 9110 §10.2.3 (Retry-After) are the source of `Busy`.
+It does not know keys or tenants: the limits here are the whole server's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from luthier.errors import ServeError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`active` answers grow in turn, token by token; `waiting` more may queue; the next gets a 429."""
+
+    active: int = 8
+    waiting: int = 64
+    adapters: int = 32
+    bases: int = 2
+    default_tokens: int = 256
+    body_bytes: int = 4 * 1024 * 1024
+    grace_s: float = 20.0
+
+
+DEFAULTS = Limits()
+
+
+class Busy(ServeError):
+    """The queue is full; the same request may succeed `retry_after_s` from now."""
+
+    http_code = 429
+    retry_after_s = 1
+
+
+def busy(waiting: int, retry_after_s: int) -> Busy:
+    error = Busy(f"{waiting} requests are waiting already", hint=f"try again in {retry_after_s} s")
+    error.retry_after_s = retry_after_s
+    return error

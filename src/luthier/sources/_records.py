@@ -1,0 +1,170 @@
+"""Records out of files: JSONL, CSV and Parquet, one dictionary a record, each with its place `name:line`.
+
+Sources: JSON Lines with RFC 8259 (UTF-8, no NaN, no key twice), RFC 4180 (CSV with a header), Apache Parquet.
+Nothing is skipped and nothing is guessed: a line that does not parse stops the run and is named. Blank
+lines of JSONL and a byte-order mark are tolerated. Size and depth are bounded, so a hostile file is an
+error and not an outage.
+This module does not know conversations, splits or sources.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import DataError
+
+LINE_BYTES = 16 * 1024 * 1024
+DEPTH = 32
+Record = dict[str, Any]
+
+
+def read(path: Path, name: str) -> Iterator[tuple[Record, str]]:
+    """Records of the file at `path`, called `name` in places and errors; its suffix says the format."""
+    suffix = Path(name).suffix.lower()
+    reader = READERS.get(suffix)
+    if reader is None:
+        raise DataError(f"unknown format {suffix!r}", where=name, hint=f"known: {', '.join(READERS)}")
+    try:
+        yield from reader(path, name)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
+
+
+def _lines(path: Path, name: str) -> Iterator[str]:
+    """Lines with their ends, decoded; the byte-order mark removed; length bounded."""
+    with path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(LINE_BYTES + 1):
+            number += 1
+            where = f"{name}:{number}"
+            if len(line) > LINE_BYTES:
+                raise DataError(f"the line is longer than {LINE_BYTES // 2**20} MiB", where=where)
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if b"\0" in line:
+                raise DataError("the line holds a NUL byte; is this a text file?", where=where)
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"not UTF-8 at byte {error.start + 1} of the line",
+                    where=where,
+                    hint="save the file as UTF-8",
+                ) from error
+
+
+def _jsonl(path: Path, name: str) -> Iterator[tuple[Record, str]]:
+    for number, line in enumerate(_lines(path, name), 1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            record = json.loads(line, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        except json.JSONDecodeError as error:
+            raise DataError(f"not JSON: {error.msg} at column {error.colno}", where=where) from error
+        except RecursionError as error:
+            raise DataError(f"nested deeper than {DEPTH}", where=where) from error
+        except ValueError as error:
+            raise DataError(f"not JSON: {error}", where=where) from error
+        yield _object(record, where), where
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return record
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON value")
+
+
+def _csv(path: Path, name: str) -> Iterator[tuple[Record, str]]:
+    csv.field_size_limit(LINE_BYTES)  # the module's only setting is global; its default is 128 KiB
+    reader = csv.reader(_lines(path, name), strict=True)
+    columns: list[str] | None = None
+    start = 1
+    while True:
+        where = f"{name}:{start}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"not CSV: {error}", where=where, hint="quote fields that hold quotes or ends of line"
+            ) from error
+        start = reader.line_num + 1
+        if columns is None:
+            columns = _header(fields, where)
+        elif len(fields) == len(columns):
+            yield dict(zip(columns, fields, strict=True)), where
+        elif fields:
+            raise DataError(f"{len(fields)} fields, but the header names {len(columns)} columns", where=where)
+
+
+def _header(fields: list[str], where: str) -> list[str]:
+    columns = [field.strip() for field in fields]
+    if not all(columns) or len(set(columns)) < len(columns):
+        raise DataError(f"the header has an empty or repeated column: {columns}", where=where)
+    return columns
+
+
+def _parquet(path: Path, name: str) -> Iterator[tuple[Record, str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        file = parquet.ParquetFile(path)
+        columns = file.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            raise DataError(f"a column stands twice: {columns}", where=name)
+        for batch in file.iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                where = f"{name}:{number}"
+                yield _object(record, where), where
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"not Parquet: {str(error).splitlines()[0]}", where=f"{name}:{number + 1}") from error
+
+
+def _object(record: Any, where: str) -> Record:
+    if not isinstance(record, dict):
+        raise DataError(f"a record must be an object, this is a {type(record).__name__}", where=where)
+    _bounded(record, where)
+    return record
+
+
+def _bounded(record: Record, where: str) -> None:
+    """Refuse what is nested too deep, and numbers that are not numbers."""
+    level: list[Any] = [record]
+    for _ in range(DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.values())
+            elif isinstance(value, list):
+                below.extend(value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise DataError("a number is NaN or infinite", where=where)
+        if not below:
+            return
+        level = below
+    raise DataError(f"nested deeper than {DEPTH}", where=where)
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[Record, str]]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,168 @@
+"""What a person reads after a verb: small tables and sentences drawn with rich, from plain values only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Row = Mapping[str, Any]
+MARKS = {True: "[green]✓[/]", False: "[red]✗[/]"}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column in ("seconds", "accuracy", "F1", "p95 s", "rows")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column in ("run", "digest"))
+    return table
+
+
+def outcome(console: Console, done: Row) -> None:
+    """The end of a run: stages, the scores beside each other, and what to do next."""
+    stages(console, done["stages"])
+    score = done["stages"].get("evaluate", {}).get("facts", {}).get("systems")
+    if score:
+        console.print()
+        systems(console, score)
+    prediction = done["stages"].get("plan", {}).get("facts", {})
+    if "train" not in done["stages"]:
+        console.print()
+        for name, value in prediction.items():
+            console.print(f"  {name.replace('_', ' ')}: {value}", highlight=False)
+    console.print()
+    if done["release"]:
+        console.print(
+            f"release [bold]{done['name']}@{done['release'][:12]}[/]   next: luthier promote {done['name']}"
+        )
+    if done["report"]:
+        console.print(f"report  {done['report']}", soft_wrap=True)
+
+
+def stages(console: Console, records: Mapping[str, Row]) -> None:
+    table = _table("stage", "digest", "seconds", "")
+    for name, record in records.items():
+        table.add_row(
+            name, record["digest"][:12], f"{record['seconds']:.1f}", "reused" if record["reused"] else ""
+        )
+    console.print(table)
+
+
+def systems(console: Console, score: Mapping[str, Row]) -> None:
+    table = _table("system", "accuracy", "95 % interval", "F1")
+    for name, system in score.items():
+        interval = f"{system['low']:.1%} – {system['high']:.1%}"
+        f1 = "" if system.get("f1") is None else f"{system['f1']:.3f}"
+        table.add_row(name.replace("_", " "), f"{system['accuracy']:.1%}", interval, f1)
+    console.print(table)
+
+
+def runs(console: Console, found: Sequence[Row]) -> None:
+    table = _table("run", "name", "status", "started", "release")
+    for row in found:
+        table.add_row(row["run"], row["name"], row["status"], row["started_at"], (row["release"] or "")[:12])
+    console.print(table if found else "no runs yet: luthier run examples/guard.yaml")
+
+
+def show(console: Console, run: Row) -> None:
+    console.print(
+        f"[bold]{run['name']}[/] {run['run']}  {run['status']}  "
+        f"{run['started_at']} → {run['finished_at'] or '…'}"
+    )
+    if run["error"]:
+        console.print(escape(run["error"]), style="red", soft_wrap=True)
+    stages(console, run["stages"])
+    for verdict in run["stages"].get("release", {}).get("facts", {}).get("verdicts", []):
+        console.print(
+            f"{MARKS[verdict['passed']]} {verdict['gate']}: {escape(verdict['reason'])}", soft_wrap=True
+        )
+    if run["report"]:
+        console.print(f"report  {run['report']}", soft_wrap=True)
+
+
+def compare(console: Console, both: Row) -> None:
+    systems(console, {f"{label}  {both[label]['run']}": both[label]["tuned"] for label in ("a", "b")})
+    console.print(
+        f"on {both['rows']:,} shared rows b is right where a is wrong {both['b_wins']} times, "
+        f"the other way {both['b_losses']} times (exact paired test p = {both['p']:.3g})"
+    )
+
+
+def releases(console: Console, found: Sequence[Row]) -> None:
+    table = _table("name", "digest", "gates", "aliases", "run", "at")
+    for row in found:
+        aliases = ", ".join(row["aliases"])
+        table.add_row(row["name"], row["digest"][:12], MARKS[row["accepted"]], aliases, row["run"], row["at"])
+    console.print(table if found else "no releases yet: luthier run examples/guard.yaml")
+
+
+def moved(console: Console, move: Row) -> None:
+    before = (move["previous"] or "nothing")[:12]
+    console.print(
+        f"{move['name']}@{move['alias']}: {before} → [bold]{move['digest'][:12]}[/] "
+        f"({escape(move['reason'])})"
+    )
+
+
+def serving(console: Console, ready: Row) -> None:
+    console.print(f"serving at [bold]{ready['url']}[/]   key: {ready['key']}", soft_wrap=True)
+    console.print("models: " + (", ".join(ready.get("models", [])) or "none yet"), soft_wrap=True)
+    console.print("stop with Ctrl-C; promote and rollback are followed without a restart", style="dim")
+
+
+def monitor(console: Console, report: Row) -> None:
+    console.print(
+        f"[bold]{report['name']}[/] {report['release'][:12]}: {report['volume']['requests']} requests"
+    )
+    table = _table("signal", "now", "baseline", "verdict", "action")
+    for signal in report["signals"]:
+        table.add_row(
+            signal["signal"],
+            str(signal["value"]),
+            str(signal["baseline"]),
+            signal["verdict"],
+            signal.get("action") or "",
+        )
+    console.print(table)
+
+
+def lineage(console: Console, found: Row) -> None:
+    if "row" in found:
+        for release in found["learnt_by"]:
+            aliases = ", ".join(release["aliases"]) or "no alias"
+            steps = ", ".join(map(str, release["steps"]))
+            console.print(
+                f"row {found['row']} → steps {steps} → {release['name']}@{release['digest'][:12]} ({aliases})"
+            )
+        return
+    aliases = ", ".join(found["aliases"]) or "no alias"
+    console.print(f"[bold]{found['name']}@{found['release'][:12]}[/] ({aliases}), run {found['run']}")
+    base = found["base"]
+    console.print(f"├ adapter    {found['adapter'][:12]}")
+    console.print(f"├ scorecard  {found['scorecard'][:12]}")
+    console.print(f"├ plan       {found['plan'][:12]}")
+    console.print(
+        f"├ base       {base['artefact'][:12]}  {base['architecture']}, "
+        f"{base['parameters']:,} parameters, {base['licence']}"
+    )
+    console.print(f"├ data       {found['data']['artefact'][:12]}")
+    console.print(f"└ replaces   {(found['replaces'] or 'nothing')[:12]}")
+
+
+def parts(console: Console, shelves: Mapping[str, Mapping[str, str]]) -> None:
+    for family, found in shelves.items():
+        console.print(f"[bold]{family}[/]")
+        for name, line in found.items():
+            console.print(f"  {name:<15} {escape(line)}", highlight=False)
+
+
+def doctor(console: Console, findings: Sequence[Row]) -> None:
+    table = _table("", "check", "found", "")
+    for finding in findings:
+        table.add_row(
+            MARKS[finding["ok"]], finding["check"], escape(finding["found"]), escape(finding["hint"] or "")
+        )
+    console.print(table)

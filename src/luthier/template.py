@@ -1,0 +1,269 @@
+"""How a conversation becomes tokens: one path for training, evaluation and serving, and its check.
+
+Source: the chat template inside the tokenizer's own folder (Jinja, rendered in transformers' sandbox).
+What is learnt of a row is every answer of the assistant up to and including the stop token, and nothing
+after it. The prompt that serving would send for each answer must be the first tokens of the training row,
+or the model would be asked something other than what it was taught.
+
+Text that merely spells a control token (`<|im_start|>` inside a user's message) is tokenised as ordinary
+letters, in training and in serving alike, so content can never open, close or forge a turn. Rows without
+such text get exactly the tokens of `tokenizer.apply_chat_template`.
+
+This module does not know files of rows, batches or models, nor templates that print today's date.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import ModelError
+from luthier.rows import Chat, Message, Role, dicts
+
+CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A row as tokens. `mask` is true where the token is learnt; `id` is the row's."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]
+    id: str
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder: from disk alone, and never with code from that folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {_first_line(error)}", where=str(folder)
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the tokenizer has no tokenizer.json", where=str(folder), hint="save it with a fast tokenizer"
+        )
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the tokenizer has no chat template",
+            where=str(folder),
+            hint="use an instruct model, or add chat_template.jinja to the folder",
+        )
+    return tokenizer
+
+
+def stop_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer names no eos token, so an answer would never end")
+    return frozenset({int(tokenizer.eos_token_id)})
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """What serving sends: the conversation so far, and the opening of the assistant's next turn."""
+    return _tokens(tokenizer, [_render(tokenizer, messages, opened=True, where="prompt")])[0]
+
+
+def encode(tokenizer: Any, chat: Chat) -> Encoded:
+    """A training row as tokens and mask; raises `ModelError` where template and row do not agree."""
+    return encode_all(tokenizer, [chat])[0]
+
+
+def encode_all(tokenizer: Any, chats: Sequence[Chat]) -> list[Encoded]:
+    """`encode` for many rows, in a few calls to the tokenizer; equal to it row by row."""
+    stops = stop_ids(tokenizer)
+    found: list[Encoded] = []
+    for start in range(0, len(chats), CHUNK_ROWS):
+        some = chats[start : start + CHUNK_ROWS]
+        texts: list[_Rendered] = []
+        for chat in some:
+            texts.append(_render(tokenizer, chat.messages, opened=False, where=chat.where))
+            texts += [
+                _render(tokenizer, chat.messages[:turn], opened=True, where=chat.where)
+                for turn in _answers(chat)
+            ]
+        ids = iter(_tokens(tokenizer, texts))
+        for chat in some:
+            whole = next(ids)
+            found.append(_masked(tokenizer, chat, whole, [next(ids) for _ in _answers(chat)], stops))
+    return found
+
+
+def check(tokenizer: Any, chats: Sequence[Chat]) -> dict[str, Any]:
+    """Prove the template on every row before anything is trained; facts say how much there is to learn."""
+    control = _control_of(tokenizer)
+    literal = [
+        chat.where for chat in chats if control and any(control.search(m.content) for m in chat.messages)
+    ]
+    tokens, learnt, longest, longest_where = 0, 0, 0, ""
+    for start in range(0, len(chats), CHUNK_ROWS):
+        some = chats[start : start + CHUNK_ROWS]
+        for chat, row in zip(some, encode_all(tokenizer, some), strict=True):
+            tokens += len(row.ids)
+            learnt += sum(row.mask)
+            if len(row.ids) > longest:
+                longest, longest_where = len(row.ids), chat.where
+    return {
+        "rows": len(chats),
+        "tokens": tokens,
+        "loss_tokens": learnt,
+        "mean_loss_tokens": round(learnt / len(chats), 3) if chats else 0.0,
+        "longest": longest,
+        "longest_where": longest_where,
+        "stop": sorted(tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer)))),
+        "control_text_rows": len(literal),
+        "control_text_where": literal[:10],
+    }
+
+
+def _answers(chat: Chat) -> list[int]:
+    return [n for n, message in enumerate(chat.messages) if message.role is Role.ASSISTANT]
+
+
+def _masked(
+    tokenizer: Any, chat: Chat, ids: list[int], prompts: list[list[int]], stops: frozenset[int]
+) -> Encoded:
+    """Mark each answer: from the end of its serving prompt to the first stop token."""
+    mask = [False] * len(ids)
+    for turn, prompt in zip(_answers(chat), prompts, strict=True):
+        start = len(prompt)
+        if ids[:start] != prompt:
+            raise ModelError(
+                f"message {turn + 1}: the training row does not begin with the serving prompt\n"
+                + _difference(tokenizer, ids, prompt),
+                where=chat.where,
+                hint="the chat template must render an answer as prompt + answer + stop token; "
+                "an answer that begins with white space can also merge with the prompt",
+            )
+        end = next((n for n in range(start, len(ids)) if ids[n] in stops), None)
+        if end is None:
+            wanted = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(stops))))
+            raise ModelError(
+                f"message {turn + 1}: no stop token ({wanted}) after the answer: stopping is never learnt\n"
+                f"  tokens: {_shown(tokenizer, ids[max(0, start - 4) :])}",
+                where=chat.where,
+                hint="make the chat template end an assistant turn with the tokenizer's eos token",
+            )
+        if end == start:
+            raise ModelError(
+                f"message {turn + 1}: the answer has no token to learn\n"
+                f"  tokens: {_shown(tokenizer, ids[max(0, start - 4) :])}",
+                where=chat.where,
+                hint="the chat template drops this answer",
+            )
+        mask[start : end + 1] = [True] * (end + 1 - start)
+    return Encoded(tuple(ids), tuple(mask), chat.id)
+
+
+def _difference(tokenizer: Any, ids: list[int], prompt: list[int]) -> str:
+    at = next(
+        (n for n, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt))
+    )
+    near = slice(max(0, at - 4), at + 8)
+    return (
+        f"  first difference at token {at}\n"
+        f"  serving:  {_shown(tokenizer, prompt[near])}\n  training: {_shown(tokenizer, ids[near])}"
+    )
+
+
+def _shown(tokenizer: Any, ids: list[int]) -> str:
+    cut = ids[:24]
+    return " ".join(f"{token!r}" for token in tokenizer.convert_ids_to_tokens(cut)) + (
+        " …" if ids[24:] else ""
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A rendered conversation. `hidden`: each stand-in, and the control-like text it stands for."""
+
+    text: str
+    hidden: tuple[tuple[str, str], ...] = ()
+
+
+def _control(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds the text of any special token of this tokenizer."""
+    names = {str(token) for token in tokenizer.all_special_tokens}
+    names |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ordered = sorted((name for name in names if name), key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], *, opened: bool, where: str) -> _Rendered:
+    from jinja2 import TemplateError
+
+    control = _control_of(tokenizer)
+    turns = dicts(messages)
+    hidden: dict[str, str] = {}
+    if control and any(control.search(message.content) for message in messages):
+        turns, hidden = _hide(turns, control)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the chat template refuses this conversation: {_first_line(error)}", where=where
+        ) from error
+    return _Rendered(text, tuple(hidden.items()))
+
+
+def _control_of(tokenizer: Any) -> re.Pattern[str] | None:
+    """`_control`, kept on the tokenizer: building it costs more than rendering a row."""
+    kept = tokenizer.__dict__.get("_luthier_control")
+    if kept is None:
+        kept = (_control(tokenizer),)
+        tokenizer.__dict__["_luthier_control"] = kept
+    pattern: re.Pattern[str] | None = kept[0]
+    return pattern
+
+
+def _hide(
+    turns: list[dict[str, str]], control: re.Pattern[str]
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Put stand-ins (private-use letters that no turn contains) where content spells a control token."""
+    edge = "\ue000"
+    while any(edge in turn["content"] for turn in turns):
+        edge += "\ue000"
+    hidden: dict[str, str] = {}
+
+    def stand_in(match: re.Match[str]) -> str:
+        name = f"{edge}{len(hidden)}\ue001"
+        hidden[name] = match[0]
+        return name
+
+    return [{**turn, "content": control.sub(stand_in, turn["content"])} for turn in turns], hidden
+
+
+def _tokens(tokenizer: Any, rendered: Sequence[_Rendered]) -> list[list[int]]:
+    plain = [item.text for item in rendered if not item.hidden]
+    ids = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
+    return [_literal(tokenizer, item) if item.hidden else list(next(ids)) for item in rendered]
+
+
+def _literal(tokenizer: Any, rendered: _Rendered) -> list[int]:
+    """Tokens where content spells control tokens: the template's own are control, content's are letters."""
+    control = _control_of(tokenizer)
+    assert control is not None  # something was hidden, so there was a pattern to find it
+    ids: list[int] = []
+    at = 0
+    for match in [*control.finditer(rendered.text), None]:
+        stretch = rendered.text[at : match.start() if match else None]
+        for name, original in rendered.hidden:
+            stretch = stretch.replace(name, original)
+        if stretch:
+            ids += tokenizer(stretch, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+                "input_ids"
+            ]
+        if match:
+            ids.append(int(tokenizer.convert_tokens_to_ids(match[0])))
+            at = match.end()
+    return ids
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
