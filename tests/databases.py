@@ -33,3 +33,14 @@ def fresh(kind: str, folder: Path) -> Iterator[Path | str]:
             connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
         admin.dispose()
+
+
+def shell(place: Path | str, statement: str) -> None:
+    """Run SQL past the store, as a curious person with a database shell would."""
+    url = f"sqlite:///{place / 'luthier.db'}" if isinstance(place, Path) else place
+    engine = create_engine(url)
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+    finally:
+        engine.dispose()

@@ -1,4 +1,4 @@
-"""Run a command against a real PostgreSQL 15 of its own: `python -m tests.postgres -- pytest tests/test_store.py`.
+"""Run a command against a real PostgreSQL 15 of its own: `python -m tests.postgres -- pytest tests`.
 
 A private cluster is made in a temporary folder, listens on a free loopback port with a random password, is
 named to the command by LUTHIER_TEST_POSTGRES, and is stopped and deleted afterwards. PostgreSQL refuses to
@@ -20,9 +20,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
 START_TIMEOUT_S = 60
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "120",
+    "fsync": "off",  # safe here: tests kill clients, never this server or its machine
+}
 
 
 def binaries() -> Path:
@@ -32,10 +39,15 @@ def binaries() -> Path:
     print("postgres: installing Debian's postgresql-15", file=sys.stderr)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "postgresql-15"]):
+    for command in (
+        ["apt-get", "update"],
+        ["apt-get", "install", "-y", "--no-install-recommends", "postgresql-15"],
+    ):
         done = subprocess.run([*sudo, *command], env=environment, stdout=subprocess.DEVNULL, check=False)
         if done.returncode and command[1] == "install":
-            raise SystemExit("postgres: cannot install postgresql-15; install it, or put its bin folder on PATH")
+            raise SystemExit(
+                "postgres: cannot install postgresql-15; install it, or put its bin folder on PATH"
+            )
     if found := _find():
         return found
     raise SystemExit(f"postgres: installed, yet there is no initdb in {DEBIAN} or on PATH")
@@ -63,7 +75,9 @@ def _user() -> str | None:
 def cluster() -> Iterator[str]:
     """A running server's SQLAlchemy URL; the server and its files are gone when the block ends."""
     programs, user = binaries(), _user()
-    account = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
+    account: dict[str, Any] = (
+        {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
+    )
     folder = Path(tempfile.mkdtemp(prefix="luthier-postgres-"))
     try:
         password, secret = secrets.token_hex(16), folder / "password"
@@ -72,16 +86,15 @@ def cluster() -> Iterator[str]:
             shutil.chown(folder, user)
             shutil.chown(secret, user)
         subprocess.run(
-            [programs / "initdb", "-D", folder / "data", "-U", "luthier", "-E", "UTF8", "--locale=C.UTF-8",
-             "--auth=scram-sha-256", f"--pwfile={secret}"],
+            [str(programs / "initdb"), "-D", str(folder / "data"), "-U", "luthier", "-E", "UTF8",
+             "--locale=C.UTF-8", "--auth=scram-sha-256", f"--pwfile={secret}"],
             cwd=folder, stdout=subprocess.DEVNULL, check=True, **account,
         )  # fmt: skip
         port = _free_port()
         with open(folder / "log", "wb") as log:
-            # fsync=off: tests kill clients, never this server or its machine; what a commit means is unchanged
             server = subprocess.Popen(
-                [programs / "postgres", "-D", folder / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1",
-                 "-c", "unix_socket_directories=", "-c", "max_connections=120", "-c", "fsync=off"],
+                [str(programs / "postgres"), "-D", str(folder / "data"), "-p", str(port),
+                 *(f"--{name}={value}" for name, value in SETTINGS.items())],
                 cwd=folder, stdout=log, stderr=log, start_new_session=True, **account,
             )  # fmt: skip
         try:
@@ -101,7 +114,7 @@ def _free_port() -> int:
 
 
 def _wait(programs: Path, port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+    ready = [str(programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
     deadline = time.monotonic() + START_TIMEOUT_S
     while subprocess.run(ready, check=False).returncode:
         if server.poll() is not None or time.monotonic() > deadline:
@@ -117,7 +130,9 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", *command]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is stopped on the way out
     with cluster() as url:
-        return subprocess.run(command, env={**os.environ, "LUTHIER_TEST_POSTGRES": url}, check=False).returncode
+        return subprocess.run(
+            command, env={**os.environ, "LUTHIER_TEST_POSTGRES": url}, check=False
+        ).returncode
 
 
 if __name__ == "__main__":

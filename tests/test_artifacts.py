@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,12 +20,15 @@ from luthier.errors import StoreError
 
 NAMES = st.text("abcXYZ019-_.é🎻 ", min_size=1, max_size=8).filter(lambda name: name.strip(".") != "")
 PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # hundreds of fsyncs; disks are slow
+# Hundreds of fsyncs; a disk would be slow.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 CONTENT = st.binary(max_size=64)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("abcé", max_size=3), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text("abcé", max_size=3), inner, max_size=4)
+    ),
     max_leaves=10,
 )  # fmt: skip
 
@@ -72,7 +75,9 @@ def test_the_order_of_keys_does_not_matter(value: dict[str, object], random: obj
     assert artifacts.digest_of(dict(items)) == artifacts.digest_of(value)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), [float("inf")], {"a": object()}, {"a": "\ud800"}, {1: "a", "b": 2}, b"x"])
+@pytest.mark.parametrize(
+    "bad", [float("nan"), [float("inf")], {"a": object()}, {"a": "\ud800"}, {1: "a", "b": 2}, b"x"]
+)
 def test_what_has_no_canonical_json_is_refused(bad: object) -> None:
     with pytest.raises(StoreError, match="no canonical JSON"):
         artifacts.canonical(bad)
@@ -130,7 +135,9 @@ def test_a_failing_row_leaves_the_old_file_and_no_temp(tmp_path: Path) -> None:
     artifacts.write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
     with pytest.raises(StoreError):
         artifacts.write_jsonl(tmp_path / "rows.jsonl", iter([{"a": 2}, {"a": float("nan")}]))
-    assert artifacts.read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}] and os.listdir(tmp_path) == ["rows.jsonl"]
+    assert artifacts.read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}] and os.listdir(tmp_path) == [
+        "rows.jsonl"
+    ]
 
 
 # ---- seal and verify ---------------------------------------------------------------------------------------
@@ -147,7 +154,9 @@ def test_a_sealed_folder_verifies_and_sealing_again_changes_nothing(files: dict[
 
 @given(TREES, NAMES)
 @settings(max_examples=30, deadline=None)
-def test_the_digest_knows_neither_folder_name_nor_time_nor_what_was_observed(files: dict[str, bytes], name: str) -> None:
+def test_the_digest_knows_neither_folder_name_nor_time_nor_what_was_observed(
+    files: dict[str, bytes], name: str
+) -> None:
     files = {path: content for path, content in files.items() if not path.startswith("observed/")}
     observed = {"observed/host.json": b"{}", "observed/deep/t.jsonl": b"1\n"}
     with sealed(files) as plain, sealed(files | observed, name) as other:
@@ -169,7 +178,9 @@ def test_folders_that_differ_have_different_digests(one: dict[str, bytes], two: 
 
 @given(TREES, st.data())
 @settings(max_examples=60, deadline=None)
-def test_any_flipped_byte_is_detected_and_its_file_named(files: dict[str, bytes], data: st.DataObject) -> None:
+def test_any_flipped_byte_is_detected_and_its_file_named(
+    files: dict[str, bytes], data: st.DataObject
+) -> None:
     files = {**files, "observed/host.json": b'{"cores": 2}'}
     with sealed(files) as folder:
         full = sorted(path for path, content in files.items() if content)
@@ -229,10 +240,15 @@ def test_a_nonsense_manifest_is_refused_by_name(tmp_path: Path, manifest: bytes)
 
 
 def test_links_and_pipes_have_no_place_in_an_artefact(tmp_path: Path) -> None:
-    for n, plant in enumerate((lambda p: p.symlink_to("/etc/passwd"), lambda p: p.symlink_to("/etc"), os.mkfifo)):
+    plants: tuple[Callable[[Path], None], ...] = (
+        lambda path: path.symlink_to("/etc/passwd"),
+        lambda path: path.symlink_to("/etc"),
+        os.mkfifo,
+    )
+    for n, plant in enumerate(plants):
         folder = lay(tmp_path / f"out{n}", {"a": b"1"})
         plant(folder / "odd")
-        with pytest.raises(StoreError, match="odd: a .* has no place in an artefact"):
+        with pytest.raises(StoreError, match=r"odd: a .* has no place in an artefact"):
             artifacts.seal(folder)
         assert not (folder / "manifest.json").exists()
         with pytest.raises(StoreError):
@@ -306,7 +322,9 @@ def test_eight_threads_publish_one_artefact_and_all_are_content(tmp_path: Path) 
     for thread in threads:
         thread.join()
     assert errors == [] and artifacts.verify(target) == digest
-    assert [path.name for path in tmp_path.iterdir()] == ["artifacts"] and len(list(target.parent.iterdir())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["artifacts"] and len(
+        list(target.parent.iterdir())
+    ) == 1
 
 
 def test_link_tree_shares_the_bytes_and_can_be_run_again(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def make_tiny_base(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Pa
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.15,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -170,9 +169,8 @@ def parts(as_json: AsJson = False) -> None:
 @app.command()
 def doctor(home: Home = None, as_json: AsJson = False) -> None:
     """Check this machine, the libraries, and every byte of what the aliases stand on."""
-    findings: list[dict[str, Any]] = []
-    _answer(as_json, lambda api: findings.extend(api.doctor(home=home)) or findings, tables.doctor)
-    if not all(finding["ok"] for finding in findings):
+    found = _answer(as_json, lambda api: list(api.doctor(home=home)), tables.doctor)
+    if not all(finding["ok"] for finding in found):
         raise typer.Exit(8)
 
 
@@ -221,7 +219,7 @@ def _spoken(message: str | None) -> Iterator[str]:
             yield line
 
 
-def _answer(as_json: bool, ask: Callable[[Any], Any], draw: Callable[[Console, Any], None]) -> None:
+def _answer(as_json: bool, ask: Callable[[Any], Any], draw: Callable[[Console, Any], None]) -> Any:
     with _door(as_json):
         from luthier import api
 
@@ -230,6 +228,7 @@ def _answer(as_json: bool, ask: Callable[[Any], Any], draw: Callable[[Console, A
             print(json.dumps(answer), flush=True)
         else:
             draw(results, answer)
+    return answer
 
 
 @contextmanager
@@ -264,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

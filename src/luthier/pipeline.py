@@ -76,7 +76,7 @@ def run(recipe: Recipe, place: Place, *, until: str = ORDER[-1]) -> Outcome:
     reap(place)
     run_id = place.store.begin_run(recipe.name, recipe.as_dict(), host())
     done: dict[str, StageRecord] = {}
-    status, problem = "failed", None
+    status, problem = "failed", ""
     try:
         with place.home.lock(f"run-{run_id}", lambda pid: None):
             for stage in ORDER[: ORDER.index(until) + 1]:
@@ -85,20 +85,20 @@ def run(recipe: Recipe, place: Place, *, until: str = ORDER[-1]) -> Outcome:
                     _register(recipe, done, run_id, place)
         status = "done"
     except GateRefused as refusal:
-        status, problem = "refused", refusal
+        status, problem = "refused", str(refusal)
         raise
     except (Interrupted, KeyboardInterrupt) as interruption:
-        status, problem = "interrupted", interruption
+        status, problem = "interrupted", str(interruption) or "stopped"
         raise
     except LuthierError as error:
-        problem = error
+        problem = str(error)
         raise
     except Exception as error:
-        problem = error
+        problem = f"{type(error).__name__}: {error}"
         raise _as_ours(error) from error
     finally:
         release = done["release"].digest if status == "done" and "release" in done else None
-        place.store.end_run(run_id, status, release=release, error=str(problem) if problem else None)
+        place.store.end_run(run_id, status, release=release, error=problem or None)
         path = _report(recipe, run_id, done, place)
     return Outcome(run_id, recipe.name, status, tuple(done.values()), release, path)
 
@@ -163,7 +163,6 @@ def _stage(
 
 
 def _key(recipe: Recipe, stage: str, module: ModuleType, digests: Mapping[str, str], root: Path) -> str:
-    section = recipe.as_dict()[stage]
     versions = {stage: int(module.VERSION)}
     versions |= {f"{part.family}/{part.name}": part.version for part in recipe.parts(stage)}
     inputs = dict(digests)
@@ -174,9 +173,7 @@ def _key(recipe: Recipe, stage: str, module: ModuleType, digests: Mapping[str, s
         }
     if getattr(module, "NAMED", False):
         inputs["name"] = recipe.name
-    return artifacts.stage_key(
-        stage, section if isinstance(section, dict) else {"phases": section}, versions, inputs, recipe.seed
-    )
+    return artifacts.stage_key(stage, recipe.asked(stage), versions, inputs, recipe.seed)
 
 
 def _reuse(key: str, place: Place) -> StageRecord | None:
@@ -353,6 +350,6 @@ def watch(
         artefacts = {"evaluate": place.home.artifact(digests["evaluate"]), "requests": log}
         inputs = Inputs(recipe.name, artefacts, digests, place.root, place.home.cache, scratch, recipe.seed)
         module.run(recipe.monitor, inputs, out)
-        verdict: dict[str, Any] = artifacts.read_json(out / "report.json")
+        verdict: dict[str, Any] = artifacts.read_json(out / "observed" / "report.json")
     place.store.record_event("monitor", {"release": release.digest, "report": verdict})
     return verdict | {"release": release.digest, "name": recipe.name}

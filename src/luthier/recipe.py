@@ -97,6 +97,13 @@ class Phase(Section):
         return self
 
 
+class Planning(Section):
+    """What the plan stage acts on: a budget, and the training that must fit it."""
+
+    budget: Plan
+    phases: tuple[Phase, ...]
+
+
 class Evaluate(Section):
     labels: tuple[Text, ...] = Field(default=(), description="closed set of answers; empty: exact match")
     positive: str | None = Field(default=None, description="the label that F1 is about")
@@ -146,7 +153,14 @@ class Recipe(Section):
 
     def section(self, stage: str) -> Any:
         """The part of the recipe that one stage acts on."""
-        return getattr(self, stage)
+        return Planning(budget=self.plan, phases=self.train) if stage == "plan" else getattr(self, stage)
+
+    def asked(self, stage: str) -> dict[str, Any]:
+        """That part as plain JSON values: what the stage's key is made of."""
+        section = self.section(stage)
+        if isinstance(section, tuple):
+            return {"phases": [phase.model_dump(mode="json", by_alias=True) for phase in section]}
+        return dict(section.model_dump(mode="json", by_alias=True))
 
     def parts(self, stage: str) -> tuple[Part, ...]:
         """Every part that the stage's section names, in the order of the recipe."""

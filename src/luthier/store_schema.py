@@ -55,7 +55,8 @@ MIGRATIONS: tuple[Migration, ...] = (
             """CREATE TABLE stages (
                 seq {serial}, run_id TEXT NOT NULL REFERENCES runs (id), stage TEXT NOT NULL,
                 key TEXT NOT NULL, digest TEXT NOT NULL, reused BOOLEAN NOT NULL,
-                seconds DOUBLE PRECISION NOT NULL, facts TEXT NOT NULL, at TEXT NOT NULL, forgotten_at TEXT)""",
+                seconds DOUBLE PRECISION NOT NULL, facts TEXT NOT NULL, at TEXT NOT NULL,
+                forgotten_at TEXT)""",
             "CREATE INDEX stages_by_key ON stages (key, seq)",
             "CREATE INDEX stages_by_run ON stages (run_id, seq)",
             """CREATE TABLE releases (

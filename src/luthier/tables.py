@@ -123,7 +123,7 @@ def monitor(console: Console, report: Row) -> None:
             signal["signal"],
             str(signal["value"]),
             str(signal["baseline"]),
-            signal["verdict"],
+            {True: "ok", False: "breach", None: "open"}[signal["ok"]],
             signal.get("action") or "",
         )
     console.print(table)

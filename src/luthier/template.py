@@ -18,12 +18,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from luthier.errors import ModelError
 from luthier.rows import Chat, Message, Role, dicts
 
 CHUNK_ROWS = 1024
+_ONE_AT_A_TIME = Lock()  # a call with `split_special_tokens` changes the tokenizer while it lasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +243,9 @@ def _hide(
 
 def _tokens(tokenizer: Any, rendered: Sequence[_Rendered]) -> list[list[int]]:
     plain = [item.text for item in rendered if not item.hidden]
-    ids = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
-    return [_literal(tokenizer, item) if item.hidden else list(next(ids)) for item in rendered]
+    with _ONE_AT_A_TIME:
+        ids = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
+        return [_literal(tokenizer, item) if item.hidden else list(next(ids)) for item in rendered]
 
 
 def _literal(tokenizer: Any, rendered: _Rendered) -> list[int]:

@@ -23,7 +23,9 @@ BIG = os.urandom(400_000)
 def test_a_full_disk_leaves_the_old_file_no_half_file_and_a_hint(tmp_path: Path) -> None:
     with small_disk.mounted(tmp_path / "disk", size_kb=512) as disk:
         artifacts.write_bytes(disk / "a", b"old")
-        with pytest.raises(StoreError, match=r"disk/a: cannot write it: No space left[\s\S]*the disk is full"):
+        with pytest.raises(
+            StoreError, match=r"disk/a: cannot write it: No space left[\s\S]*the disk is full"
+        ):
             artifacts.write_bytes(disk / "a", BIG + BIG)
         with pytest.raises(StoreError, match="the disk is full"):
             artifacts.write_jsonl(disk / "rows.jsonl", ({"text": "x" * 1000} for _ in range(1000)))
@@ -74,7 +76,9 @@ print(os.listdir(folder), (folder / "a").read_bytes())
 
 
 def test_a_file_size_limit_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True
+    )
     assert "/a: cannot write it: File too large" in done.stdout and "ulimit -f" in done.stdout
     assert done.stdout.endswith("['a'] b'old'\n")
 

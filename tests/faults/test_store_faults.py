@@ -77,7 +77,9 @@ def _all_are_there(place: Path | str, acknowledged: list[tuple[str, str]]) -> No
     there |= {("ref", move.digest) for move in moves}
     store.close()
     assert set(acknowledged) <= there
-    assert [move.previous for move in moves] == [*(move.digest for move in moves[1:]), None], "the chain is whole"
+    assert [move.previous for move in moves] == [*(move.digest for move in moves[1:]), None], (
+        "the chain is whole"
+    )
 
 
 OPENER = """
@@ -94,7 +96,9 @@ def test_kill_nine_while_a_home_is_being_made_leaves_a_home_that_opens(tmp_path:
     moment = random.Random(17)
     for life in range(6):
         folder = tmp_path / str(life)
-        child = subprocess.Popen([sys.executable, "-c", OPENER, str(folder)], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", OPENER, str(folder)], stdout=subprocess.PIPE, text=True
+        )
         assert child.stdout is not None
         child.stdout.readline()
         time.sleep(moment.uniform(0.0, 0.1))
@@ -106,27 +110,31 @@ def test_kill_nine_while_a_home_is_being_made_leaves_a_home_that_opens(tmp_path:
             store.close()
 
 
-def _open_and_write(place: Path | str, gate: object, answers: object) -> None:
-    gate.wait()  # type: ignore[attr-defined]
-    try:
-        store = Store.open(place)
-        answers.put(store.begin_run("guard", {}, {}))  # type: ignore[attr-defined]
-    except Exception as error:
-        answers.put(error)  # type: ignore[attr-defined]
+def _open_all(places: list[Path | str], gate: object, answers: object) -> None:
+    for place in places:
+        gate.wait()  # type: ignore[attr-defined]
+        try:
+            store = Store.open(place)
+            answers.put(store.begin_run("guard", {}, {}))  # type: ignore[attr-defined]
+            store.close()
+        except Exception as error:
+            answers.put(error)  # type: ignore[attr-defined]
 
 
 def test_four_processes_open_a_fresh_home_at_once_and_all_succeed(place: Path | str) -> None:
+    places = [place / str(n) for n in range(20)] if isinstance(place, Path) else [place]
     gate, answers = SPAWN.Barrier(4), SPAWN.Queue()
-    children = [SPAWN.Process(target=_open_and_write, args=(place, gate, answers)) for _ in range(4)]
+    children = [SPAWN.Process(target=_open_all, args=(places, gate, answers)) for _ in range(4)]
     for child in children:
         child.start()
-    given = [answers.get(timeout=60) for _ in children]
+    given = [answers.get(timeout=60) for _ in children for _ in places]
     for child in children:
         child.join()
     assert all(isinstance(answer, str) for answer in given), given
-    store = Store.open(place)
-    assert {run.id for run in store.runs()} == set(given)
-    store.close()
+    for home in places:
+        store = Store.open(home)
+        assert {run.id for run in store.runs()} <= set(given) and len(store.runs()) == 4
+        store.close()
 
 
 def _contend(place: Path | str, racer: int, gate: object, answers: object) -> None:

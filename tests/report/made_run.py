@@ -69,7 +69,28 @@ FACTS: Mapping[str, Mapping[str, Any]] = {
         "trainable_parameters": 4_884_480,
     },
 }
-PREDICTION = {"peak_gb": 2.48, "minutes": 6.6}
+PLAN = {
+    "steps": 150,
+    "tokens": 137_412,
+    "threads": 2,
+    "batch": 16,
+    "longest_row": 412,
+    "largest_micro_batch": 2039,
+    "trainable_parameters": 4_884_480,
+    "trainable_share": 0.035039,
+    "dtype": "bfloat16",
+}
+PREDICTION = {
+    "peak_gb": 2.48,
+    "minutes": 6.6,
+    "host": {
+        "cores": 2,
+        "memory_total_bytes": 25_180_000_000,
+        "bf16_flops": 4.1e11,
+        "read_bytes_s": 9.4e9,
+        "flags": ["amx"],
+    },
+}
 EFFICIENCY = {
     "latency": {"p50": 0.212, "p95": 0.334, "p99": 0.401},
     "first_token": {"p50": 0.148, "p95": 0.231},
@@ -95,33 +116,33 @@ RECIPE = {
     "seed": 17,
     "data": {"sources": [{"licence": "MIT"}]},
     "train": [{"steps": 150}],
+    "release": {
+        "intended_use": "A first, cheap look at messages before they reach an assistant.",
+        "limits": "English only. It must not be the only guard, and says nothing about harm of other kinds.",
+    },
 }
 
 
 def verdicts(card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tuned, base = card["systems"]["tuned"], card["systems"]["base"]
+    found, pair = card["systems"]["tuned"]["accuracy"], card["paired"]["tuned_vs_base"]
     return [
         {
             "gate": "floor",
             "passed": True,
-            "reason": "accuracy is at or above the floor of 94 %",
-            "evidence": {"accuracy": tuned["accuracy"], "low": tuned["low"], "minimum": 0.94},
+            "reason": f"accuracy {found:.4f} reaches the floor 0.94",
+            "evidence": {"metric": "accuracy", "found": found, "minimum": 0.94, "bound": "point"},
         },
         {
             "gate": "no_regression",
             "passed": True,
-            "reason": "better than the base; there is no champion yet",
-            "evidence": {
-                "base_accuracy": base["accuracy"],
-                "p": card["paired"]["tuned_vs_base"]["p"],
-                "champion": None,
-            },
+            "reason": f"better than the base ({pair['wins']} won, {pair['losses']} lost)",
+            "evidence": {"base": pair},
         },
         {
             "gate": "parity",
             "passed": True,
-            "reason": "plain transformers + peft gives the same greedy tokens",
-            "evidence": {"rows": 50, "tokens": 131, "different": 0},
+            "reason": "all 50 answers equal plain transformers + peft",
+            "evidence": {"probes": 50, "excused_ties": [], "differing": []},
         },
     ]
 
@@ -137,28 +158,34 @@ def make(
     sample.put(root / "evaluate/samples.jsonl", rows)
     sample.put(root / "evaluate/observed/efficiency.json", EFFICIENCY)
     said = verdicts(card)
-    said[0] |= {} if accepted else {"passed": False, "reason": "accuracy 95.6 % is below the floor of 97 %"}
+    said[0] |= {} if accepted else {"passed": False, "reason": "accuracy 0.9560 is below the floor 0.97"}
     sample.put(root / "release/release.json", {"name": "guard", "verdicts": said, "accepted": accepted})
-    sample.put(root / "monitor/report.json", MONITOR)
+    sample.put(root / "monitor/observed/report.json", MONITOR)
     reached = ORDER[: ORDER.index(until) + 1]
     return {stage: root / stage for stage in reached}, record(reached)
 
 
+def signal(name: str, ok: bool | None, value: float, baseline: float, limit: float | None) -> dict[str, Any]:
+    numbers = {"value": value, "baseline": baseline, "limit": limit}
+    return {"signal": name, "ok": ok, **numbers, "action": None}
+
+
 MONITOR = {
     "signals": [
-        {"signal": "errors", "ok": True, "error_rate": 0.0, "limit_rate": 0.01},
-        {"signal": "latency", "ok": True, "p95_s": 0.334, "limit_s": 0.668},
+        signal("error rate", True, 0.0, 0.0, 0.01),
+        signal("answer, p50 (s)", None, 0.2188, 0.212, None),
+        signal("answer, p95 (s)", True, 0.3517, 0.334, 0.668),
+        signal("answer, p99 (s)", None, 0.4405, 0.401, None),
+        signal("first token, p95 (s)", True, 0.2466, 0.231, 0.462),
     ],
-    "requests": 50,
-    "prompt_tokens": 4211,
-    "completion_tokens": 131,
+    "volume": {"requests": 50, "errors": 0, "refused": 0, "prompt_tokens": 4211, "completion_tokens": 131},
 }
 
 
 def _early(root: Path) -> None:
     sample.put(root / "data/card.json", CARD)
     sample.put(root / "model/base.json", BASE)
-    sample.put(root / "plan/plan.json", {"steps": 150, "tokens": 137_412, "threads": 2})
+    sample.put(root / "plan/plan.json", PLAN)
     sample.put(root / "plan/observed/prediction.json", PREDICTION)
     curve = sample.curve()
     sample.put(root / "train/curve.jsonl", curve)
@@ -168,7 +195,7 @@ def _early(root: Path) -> None:
     )
     sample.put(
         root / "train/observed/host.json",
-        {"cpu": "AMD EPYC 7B13", "cores": 2, "memory_bytes": 25_180_000_000},
+        {"cpu": "AMD EPYC 7B13", "threads": 2},
     )
 
 

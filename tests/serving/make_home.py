@@ -24,7 +24,7 @@ from tests.tiny import make_tiny_base
 
 NAME = "guard"
 PROMPTS = ("hello there", "ignore the rules", "¿qué tal, señor?")
-TOKENS = 24
+TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ def publish_release(
     out = folder / f"release-{seed}"
     torch.manual_seed(seed)
     plain = AutoModelForCausalLM.from_pretrained(home.artifact(model) / "base")
-    tuned = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tuned = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"))
     for name, weight in tuned.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=std)
     tuned.save_pretrained(out / "adapter")
     (out / "adapter" / "README.md").unlink(missing_ok=True)
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = changes.pop("trained_on", f"luthier-base-{base[:12]}")
+    config["base_model_name_or_path"] = changes.pop("trained_on", f"luthier-base:{base[:12]}")
     artifacts.write_json(out / "adapter" / "adapter_config.json", config)
     release = {"name": NAME, "base": base, "model": model, "accepted": accepted, "seed": seed} | changes
     artifacts.write_json(out / "release.json", release)
@@ -114,7 +114,9 @@ def reference(home: Home, model: str, digest: str) -> dict[str, Answer]:
     """Greedy answers the way a stranger gets them."""
     base = home.artifact(model) / "base"
     tokenizer = template.load_tokenizer(base)
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), home.artifact(digest) / "adapter")
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), home.artifact(digest) / "adapter"
+    )
     stops = template.stop_ids(tokenizer)
     found = {}
     for prompt in PROMPTS:

@@ -7,7 +7,7 @@ interface under the name `IMPLEMENTATION`, so every decoder family that uses tha
 mask function under that name transformers builds no mask.
 
 It does not know caches, padding, cross-attention, soft caps or sinks: what it does not know, it refuses.
-`head.prove` compares a whole model against transformers' own path before it is trusted.
+`base.prove` compares a whole model against transformers' own path before it is trusted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from luthier.errors import ModelError
 
 IMPLEMENTATION = "luthier_documents"
-_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"})
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions"})
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,14 @@ class Documents:
 
 
 def attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """One layer's attention, as transformers calls it: query is (1, heads, T, width), the output (1, T, heads, width)."""
+    """One layer's attention, as transformers calls it: query (1, heads, T, width) to (1, T, heads, width)."""
     documents = options.pop("documents", None)
     window, dropout, scaling = (options.pop(name, None) for name in ("sliding_window", "dropout", "scaling"))
     causal = options.pop("is_causal", None)
@@ -67,15 +72,20 @@ def attend(
     if query.shape[0] != 1 or query.shape[2] != documents.tokens or key.shape[2] != documents.tokens:
         raise ModelError(f"{query.shape[2]} tokens do not make documents of {documents.tokens}")
     parts = [
-        _group(query[0], key[0], value[0], group, (window, dropout or 0.0, scaling)) for group in documents.groups
+        _group(query[0], key[0], value[0], group, (window, dropout or 0.0, scaling))
+        for group in documents.groups
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
 
 
 def _group(
-    q_HTE: Tensor, k_HTE: Tensor, v_HTE: Tensor, group: tuple[int, int, int], how: tuple[int | None, float, float | None]
+    q_HTE: Tensor,
+    k_HTE: Tensor,
+    v_HTE: Tensor,
+    group: tuple[int, int, int],
+    how: tuple[int | None, float, float | None],
 ) -> Tensor:
-    """Attention of documents of one length, as a batch of `count`; the output is (count × length, heads, width)."""
+    """Attention of `count` documents of one length, as one batch: (count × length, heads, width)."""
     start, count, length = group
     window, dropout, scaling = how
 

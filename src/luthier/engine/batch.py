@@ -35,7 +35,7 @@ def order(ids: tuple[str, ...], seed: int, epoch: int | str) -> tuple[int, ...]:
 
 
 def rows_of(ids: tuple[str, ...], batch: int, seed: int, step: int) -> tuple[int, ...]:
-    """The rows of step 1, 2, …: consecutive pieces of one epoch's order after the other's; none is dropped."""
+    """The rows of step 1, 2, …: consecutive pieces of epoch after epoch; no row is dropped."""
     places = range((step - 1) * batch, step * batch)
     return tuple(order(ids, seed, place // len(ids))[place % len(ids)] for place in places)
 

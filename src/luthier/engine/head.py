@@ -5,29 +5,25 @@ formed in the forward pass while a tile of logits is at hand (as in Liger, Hsu e
 and cut cross-entropy, Wijmans et al. 2024, arXiv 2411.09009). Only tokens with a loss are computed, a tile
 of rows at a time, so the logits of a batch never exist at once; softmax is float32.
 
-It does not know losses, biased heads or models that scale or cap their logits: `prove` refuses those.
+It does not know losses, biased heads or models that scale or cap their logits: `base.prove` refuses those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luthier.engine.attention import IMPLEMENTATION, Documents
-from luthier.engine.batch import collate
-from luthier.errors import ModelError
+from luthier.engine.attention import Documents
 from luthier.objectives import Batch
-from luthier.template import Encoded
 
 TILE = 128  # rows of logits alive at once
 
 
 def token_logps(hidden_N_E: Tensor, weight_V_E: Tensor, targets_N: Tensor, tile: int = TILE) -> Tensor:
     """logp_N in float32: log softmax(hidden @ weight.T) at the target of each row."""
-    logp_N: Tensor = _TokenLogps.apply(hidden_N_E, weight_V_E, targets_N, tile)
+    logp_N: Tensor = _TokenLogps.apply(hidden_N_E, weight_V_E, targets_N, tile)  # type: ignore[no-untyped-call]
     return logp_N
 
 
@@ -76,7 +72,7 @@ def _residual(logp_n_V: Tensor, targets_n: Tensor) -> Tensor:
 
 
 def batch_logps(model: Any, batch: Batch, tile: int = TILE) -> Tensor:
-    """logp_N of a packed batch under a decoder model: its hidden states, then `token_logps` at the places with a loss."""
+    """logp_N of a packed batch under a decoder: hidden states, then `token_logps` where there is a loss."""
     output = model.get_decoder()(
         input_ids=batch.ids_T[None],
         position_ids=batch.positions_T[None],
@@ -85,43 +81,3 @@ def batch_logps(model: Any, batch: Batch, tile: int = TILE) -> Tensor:
     )
     hidden_N_E = output.last_hidden_state[0].index_select(0, batch.places_N)
     return token_logps(hidden_N_E, model.get_output_embeddings().weight, batch.targets_N, tile)
-
-
-@torch.no_grad()
-def prove(model: Any, rows: Sequence[Encoded], tile: int = TILE) -> float:
-    """Compare packed log-probabilities with transformers' own, row by row; raise `ModelError` where they part.
-
-    Models with a biased head, scaled or capped logits, or attention that only a mask could express differ
-    by far more than rounding does, so no list of architectures is needed. Returns the largest difference.
-    """
-    training = model.training
-    model.eval()
-    packed = batch_logps(model, collate(rows), tile)
-    try:
-        model.set_attn_implementation("sdpa")
-        alone = torch.cat([_plain_logps(model, collate([row])) for row in rows])
-    finally:
-        model.set_attn_implementation(IMPLEMENTATION)
-        model.train(training)
-    worst = float((packed - alone).abs().max()) if len(packed) else 0.0
-    mean = float((packed - alone).abs().mean()) if len(packed) else 0.0
-    # bf16 logits are rounded to 3 digits, so single tokens differ; a wrong formula moves every token.
-    limit = 1e-3 if packed.dtype == alone.dtype and _dtype(model) == torch.float32 else 0.15
-    if not mean <= limit:
-        raise ModelError(
-            f"packed training does not give this model's own log-probabilities: mean difference {mean:.3g}, "
-            f"worst {worst:.3g} over {len(packed)} tokens",
-            hint="this architecture does something the engine does not know; choose another base model",
-        )
-    return worst
-
-
-def _plain_logps(model: Any, batch: Batch) -> Tensor:
-    logits_T_V = model(input_ids=batch.ids_T[None], use_cache=False).logits[0]
-    logp_N_V = torch.log_softmax(logits_T_V.index_select(0, batch.places_N).float(), dim=-1)
-    return logp_N_V.gather(1, batch.targets_N[:, None])[:, 0]
-
-
-def _dtype(model: Any) -> torch.dtype:
-    dtype: torch.dtype = model.get_output_embeddings().weight.dtype
-    return dtype

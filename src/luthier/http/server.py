@@ -92,17 +92,19 @@ async def _live(
 @contextmanager
 def _claimed(host: str, port: int) -> Iterator[socket.socket]:
     """A listening socket, had before anything slow is done. Early clients wait in its backlog."""
+    if not 0 <= port <= 65535:  # getaddrinfo would take the rest of the division
+        raise ServeError(f"there is no port {port}", hint="ports go up to 65535; 0 takes a free one")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         claimed = socket.socket(family, kind, proto)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise _unusable(host, port, error) from error
     with claimed:
         try:
             claimed.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             claimed.bind(address)
             claimed.listen(2048)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise _unusable(host, port, error) from error
         yield claimed
 

@@ -217,6 +217,7 @@ def track(key: str, metric: str, bar: Bar, reference: float | None = None) -> Ma
         parts.append(tag("line", x1=at, x2=at, y1=0, y2=28, class_="reference"))
     if bar.low is not None and bar.high is not None:
         low, high = f"{bar.low * 100:.3f}%", f"{bar.high * 100:.3f}%"
+        parts.append(tag("line", x1=low, x2=high, y1=14, y2=14, class_="halo"))
         parts.append(tag("line", x1=low, x2=high, y1=14, y2=14, class_="whisker"))
         parts += [tag("line", x1=end, x2=end, y1=9, y2=19, class_="whisker") for end in (low, high)]
     within = f"; 95 % interval {interval(bar.low, bar.high)}" if bar.low is not None else ""

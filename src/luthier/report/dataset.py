@@ -5,10 +5,9 @@ It reads the card that the data stage leaves and knows no other file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from luthier.report.folders import Record, mapping
+from luthier.report.folders import Record, mapping, records
 from luthier.report.numbers import clip, count, short, visible
 
 
@@ -51,7 +50,7 @@ def dataset(card: Record) -> Dataset | None:
         tuple(clip(visible(answer), 40) for answer in answers),
         tuple(rows),
         tuple(_removed(card)),
-        tuple(_origin(mapping(entry)) for entry in card.get("sources") or ()),
+        tuple(_origin(entry) for entry in records(card.get("sources"))),
     )
 
 
@@ -73,8 +72,7 @@ def _origin(entry: Record) -> Origin:
     files = [
         f"{visible(file.get('name'))} as {visible(file.get('label'))}: {count(file.get('rows'))} rows,"
         f" sha256 {short(file.get('sha256'))}"
-        for file in entry.get("files") or ()
-        if isinstance(file, Mapping)
+        for file in records(entry.get("files"))
     ]
     return Origin(source_name(entry), licence, clip(visible(entry.get("purpose") or ""), 400), tuple(files))
 
@@ -89,7 +87,7 @@ def source_name(entry: Record) -> str:
 def source_pin(entry: Record) -> str:
     """The short digest that pins the source: of the package, the revision, else of its first file."""
     origin = mapping(entry.get("from"))
-    files = [mapping(file) for file in entry.get("files") or ()]
+    files = records(entry.get("files"))
     return short(
         origin.get("sha256") or origin.get("revision") or (files[0].get("sha256") if files else None)
     )

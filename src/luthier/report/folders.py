@@ -47,11 +47,16 @@ class ReportInput:
 
     def stage(self, name: str) -> Record:
         """The run's record of a stage, empty if it has none."""
-        return next((entry for entry in self.run.get("stages") or () if entry.get("stage") == name), {})
+        return next((entry for entry in records(self.run.get("stages")) if entry.get("stage") == name), {})
 
 
 def mapping(value: object) -> Record:
     return value if isinstance(value, Mapping) else {}
+
+
+def records(value: object) -> list[Record]:
+    """The mappings in a list; what is not of that form was not written by a stage, and is left out."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
 
 
 def gather(folders: Mapping[str, Path], run: Record) -> ReportInput:
@@ -87,6 +92,6 @@ def gather(folders: Mapping[str, Path], run: Record) -> ReportInput:
         samples=many("evaluate", "samples.jsonl"),
         efficiency=one("evaluate", "observed/efficiency.json"),
         release=one("release", "release.json"),
-        monitor=one("monitor", "report.json"),
+        monitor=one("monitor", "observed/report.json"),
         problems=tuple(problems),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 THIN = "\u202f"
 NBSP = "\u00a0"
@@ -111,7 +112,7 @@ def plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {plain(item)}" for name, item in value.items()) or DASH
     if isinstance(value, list | tuple):
-        return ", ".join(plain(item) for item in value) or DASH
+        return ", ".join(plain(item) for item in value) or "none"
     return visible(value)
 
 
@@ -133,25 +134,16 @@ def short(digest: object) -> str:
     return digest[:12] if isinstance(digest, str) and digest else DASH
 
 
-_UNITS = (
+_UNITS: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("_flops", lambda value: f"{value / 1e9:,.0f}{THIN}GFLOP/s"),
+    ("_bytes_s", lambda value: f"{size(value)}/s"),
     ("_bytes", size),
+    ("_gb", lambda value: size(value * 1e9)),
+    ("_minutes", lambda value: duration(value * 60)),
     ("_seconds", duration),
     ("_s", duration),
-    ("_gb", lambda value: size(float(value) * 1e9)),
 )
-_SHARES = (
-    "accuracy",
-    "f1",
-    "low",
-    "high",
-    "floor",
-    "minimum",
-    "precision",
-    "recall",
-    "rate",
-    "share",
-    "tolerance",
-)
+_SHARES = ("accuracy", "f1", "low", "high", "precision", "recall", "rate", "share", "drop", "tolerance")
 
 
 def named(name: str, value: object) -> tuple[str, str]:
@@ -164,8 +156,8 @@ def named(name: str, value: object) -> tuple[str, str]:
         for suffix, shown in _UNITS:
             if label.endswith(suffix):
                 return label.removesuffix(suffix).replace("_", " "), shown(found)
-        if label == "p" or label.endswith("_p"):
-            return label.removesuffix("p").replace("_", " ").strip(), p_value(value)
+        if label == "p" or label.startswith("p_"):
+            return label[1:].strip("_").replace("_", " "), p_value(value)
         if isinstance(value, float) and label.split("_")[-1] in _SHARES and 0 <= value <= 1:
             return label.replace("_", " "), percent(value)
     elif isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier.report.folders import Record, ReportInput, mapping
+from luthier.report.folders import Record, ReportInput, mapping, records
 from luthier.report.numbers import (
     DASH,
     clip,
@@ -98,7 +98,7 @@ def outcome(record: ReportInput) -> Outcome:
 
 
 def verdicts(record: ReportInput) -> list[Record]:
-    return [mapping(item) for item in record.release.get("verdicts") or ()]
+    return records(record.release.get("verdicts"))
 
 
 def _join(*sentences: str) -> str:

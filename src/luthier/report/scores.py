@@ -6,7 +6,7 @@ This module does not know HTML; all text stays plain `str` and the template esca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -72,6 +72,18 @@ def pairs(record: ReportInput) -> list[tuple[str, str]]:
         label = f"{system_name(first)} against {system_name(second)}"
         only = f"{count(mapping(entry).get('wins'))} rows won, {count(mapping(entry).get('losses'))} lost"
         told.append((label, f"{only}, {p_value(mapping(entry).get('p'))} (paired test)"))
+    return [*told, *_likelihoods(record)]
+
+
+def _likelihoods(record: ReportInput) -> list[tuple[str, str]]:
+    """How surprised each model is by the right answers: a score that needs no label to be read."""
+    loss, perplexity = mapping(record.scorecard.get("loss")), mapping(record.scorecard.get("perplexity"))
+    told = []
+    for key, value in loss.items():
+        if (nats := number(value)) is not None:
+            held = number(perplexity.get(key))
+            also = f", perplexity {held:.4g}" if held is not None else ""
+            told.append((f"held-out loss, {system_name(key)}", f"{nats:.4f} nats per token{also}"))
     return told
 
 
@@ -82,7 +94,7 @@ def _score(
     prefix = "" if metric == "accuracy" else f"{metric}_"
     low, high = number(entry.get(f"{prefix}low")), number(entry.get(f"{prefix}high"))
     if metric == "f1" and low is None:
-        own = charts.f1_interval(mapping(entry.get("confusion")), str(record.scorecard.get("positive")))
+        own = charts.f1_interval(_counts(entry), str(record.scorecard.get("positive")))
         # Only where the table gives the very F1 that was scored: else it is an interval for something else.
         low, high = own[1:] if own and abs(own[0] - value) < 5e-4 else (None, None)
     bar = charts.Bar(system_name(key), value, low, high, key == "tuned")
@@ -93,8 +105,8 @@ def _score(
 
 
 def _majority(found: Sequence[tuple[str, Record]]) -> tuple[str, float] | None:
-    table = next((mapping(entry["confusion"]) for _, entry in found if entry.get("confusion")), {})
-    totals = {visible(gold): sum(mapping(said).values()) for gold, said in table.items()}
+    table = next(filter(None, (_counts(entry) for _, entry in found)), {})
+    totals = {visible(gold): sum(said.values()) for gold, said in table.items()}
     whole = sum(totals.values())
     if len(totals) < 2 or not whole:
         return None
@@ -117,18 +129,25 @@ def notes(record: ReportInput) -> list[tuple[str, str]]:
 def confusions(record: ReportInput) -> list[Table]:
     """Base and tuned side by side, with the same columns, so that cells can be compared across."""
     found = dict(systems(record))
-    tables = {key: mapping(found.get(key, {}).get("confusion")) for key in ("base", "tuned")}
+    tables = {key: _counts(found.get(key, {})) for key in ("base", "tuned")}
     golds = list(dict.fromkeys(gold for table in tables.values() for gold in table))
-    heard = {str(name) for table in tables.values() for row in table.values() for name in mapping(row)}
+    heard = {str(name) for table in tables.values() for row in table.values() for name in row}
     said = golds + sorted(heard - set(golds))
     return [_table(key, table, said) for key, table in tables.items() if table]
 
 
-def _table(key: str, confusion: Record, said: Sequence[str]) -> Table:
-    golds = list(confusion)
+def _counts(entry: Record) -> dict[str, dict[str, int]]:
+    """A system's confusion table, with whole numbers only: gold → said → rows."""
+    return {
+        str(gold): {str(said): max(0, int(number(rows) or 0)) for said, rows in row.items()}
+        for gold, row in mapping(entry.get("confusion")).items()
+        if isinstance(row, Mapping)
+    }
+
+
+def _table(key: str, confusion: Mapping[str, Mapping[str, int]], said: Sequence[str]) -> Table:
     rows = []
-    for gold in golds:
-        row = mapping(confusion[gold])
+    for gold, row in confusion.items():
         whole = sum(row.values()) or 1
         cells = tuple(
             (count(row.get(n, 0)), percent(row.get(n, 0) / whole), row.get(n, 0) / whole, n == gold)
@@ -138,8 +157,8 @@ def _table(key: str, confusion: Record, said: Sequence[str]) -> Table:
     return Table(system_name(key), tuple(_no_label(name) for name in said), tuple(rows))
 
 
-def _no_label(name: object) -> str:
-    return "no label" if str(name).lower() in ("", "none", "null", "unparsed") else visible(name)
+def _no_label(name: str) -> str:
+    return "no label" if name.lower() in ("", "none", "null", "unparsed") else visible(name)
 
 
 def examples(record: ReportInput) -> list[tuple[str, str, str, list[Sample]]]:

@@ -16,15 +16,18 @@ from markupsafe import Markup
 
 from luthier.report import charts
 from luthier.report.dataset import dataset, source_name, source_pin
-from luthier.report.folders import Record, ReportInput, mapping
+from luthier.report.folders import Record, ReportInput, mapping, records
 from luthier.report.lineage import Node, graph
 from luthier.report.numbers import (
     DASH,
+    THIN,
     clip,
     count,
     duration,
     named,
     number,
+    percent,
+    plain,
     rate,
     short,
     signed_percent,
@@ -67,7 +70,9 @@ def contents(record: ReportInput) -> dict[str, Any]:
         "examples": examples(record),
         "limit": LIMIT,
         "gates": _gates(record),
+        "about": _about(record),
         "forecast": _forecast(record),
+        "decisions": _decisions(record),
         "efficiency": _efficiency(record),
         "data": dataset(record.card),
         "lineage": graph(_nodes(record)),
@@ -177,6 +182,25 @@ def _forecast(record: ReportInput) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _decisions(record: ReportInput) -> list[tuple[str, str]]:
+    """What the plan chose, beside what it foresaw."""
+    plan = record.plan
+    parameters, share = plan.get("trainable_parameters"), plan.get("trainable_share")
+    rows = [
+        ("rows in a step", count(plan.get("batch"))),
+        ("longest row", _unit(plan.get("longest_row"), "tokens")),
+        ("largest micro-batch", _unit(plan.get("largest_micro_batch"), "tokens")),
+        ("weights that train", f"{count(parameters)} ({percent(share)})" if number(parameters) else DASH),
+        ("number type", visible(plan.get("dtype") or DASH)),
+        ("threads", count(plan.get("threads"))),
+    ]
+    return [(label, value) for label, value in rows if value != DASH]
+
+
+def _unit(value: object, unit: str) -> str:
+    return DASH if number(value) is None else f"{count(value)}{THIN}{unit}"
+
+
 def _efficiency(record: ReportInput) -> list[tuple[str, str]]:
     found, rows = record.efficiency, []
     latency, first = mapping(found.get("latency")), mapping(found.get("first_token"))
@@ -213,7 +237,7 @@ def _nodes(record: ReportInput) -> dict[str, Node]:
         nodes[stage] = Node(
             titles.get(stage, stage), told, short(entry.get("digest")), bool(entry), stage == "release"
         )
-    sources = [mapping(entry) for entry in record.card.get("sources") or ()]
+    sources = records(record.card.get("sources"))
     more = f" +{len(sources) - 1}" if len(sources) > 1 else ""
     named_by = source_name(sources[0]) + more if sources else "not reached"
     nodes["sources"] = Node("sources", named_by, source_pin(sources[0]) if sources else DASH, bool(sources))
@@ -232,15 +256,30 @@ def _total(record: ReportInput) -> str:
 
 
 def _monitor(record: ReportInput) -> dict[str, Any]:
-    """Each signal's verdict (yes, no or open) and the counts beside them."""
+    """Each signal's verdict (yes, no or open) with its reading, and the counts of the log."""
     if not record.monitor:
         return {}
-    signals = []
-    for item in map(mapping, record.monitor.get("signals") or ()):
-        verdict = "open" if item.get("ok") is None else "yes" if item["ok"] else "no"
-        rest = {name: value for name, value in item.items() if name not in ("signal", "ok")}
-        signals.append((verdict, visible(item.get("signal")), "; ".join(f"{a} {b}" for a, b in _facts(rest))))
-    return {"signals": signals, "rest": _facts({k: v for k, v in record.monitor.items() if k != "signals"})}
+    signals = [_signal(item) for item in records(record.monitor.get("signals"))]
+    return {
+        "signals": signals,
+        "advice": any(signal[3] for signal in signals),
+        "rest": _facts(mapping(record.monitor.get("volume"))),
+    }
+
+
+def _signal(item: Record) -> tuple[str, str, list[str], str]:
+    verdict = "open" if item.get("ok") is None else "yes" if item["ok"] else "no"
+    name = visible(item.get("signal") or DASH)
+    shown = duration if name.endswith("(s)") else percent if name.endswith("rate") else plain
+    readings = [shown(item.get(key)) for key in ("value", "baseline", "limit")]
+    return verdict, name.removesuffix(" (s)"), readings, visible(item.get("action") or "")
+
+
+def _about(record: ReportInput) -> list[tuple[str, str]]:
+    """What the model is for and what it must not be trusted with, in the recipe's own words."""
+    said = mapping(mapping(record.run.get("recipe")).get("release"))
+    pairs = (("Made for", said.get("intended_use")), ("Limits", said.get("limits")))
+    return [(label, clip(visible(text), 600)) for label, text in pairs if text]
 
 
 def _recipe(record: ReportInput) -> str:
@@ -249,4 +288,7 @@ def _recipe(record: ReportInput) -> str:
 
 
 def _machine(record: ReportInput) -> list[tuple[str, str]]:
-    return _facts({**mapping(record.run.get("host")), **record.machine}, 200)
+    probed = {
+        name: value for name, value in mapping(record.prediction.get("host")).items() if name != "flags"
+    }
+    return _facts({**mapping(record.run.get("host")), **probed, **record.machine}, 200)

@@ -85,7 +85,7 @@ class Router:
             )
         adapter = folder / "adapter"
         trained_on = _read(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if trained_on != f"luthier-base-{base['digest'][:12]}":
+        if trained_on != f"luthier-base:{base['digest'][:12]}":
             raise StoreError(
                 f"the adapter of release {release_digest[:12]} was trained on {trained_on!r}, "
                 f"not on base {base['digest'][:12]}",
@@ -132,14 +132,18 @@ class Router:
             raise StoreError(
                 f"artefact {digest[:12]} is gone", where=str(folder), hint="run its recipe again"
             )
-        with self._checking:
-            deep = digest not in self._whole
-            if artifacts.verify(folder, deep=deep) != digest:
-                raise StoreError(
-                    f"artefact {digest[:12]} holds something else than its name says", where=str(folder)
-                )
+        if digest in self._whole:
+            self._check(folder, digest, deep=False)
+            return folder
+        with self._checking:  # one reader of many bytes at a time, and the others find it done
+            self._check(folder, digest, deep=digest not in self._whole)
             self._whole.add(digest)
         return folder
+
+    @staticmethod
+    def _check(folder: Path, digest: str, *, deep: bool) -> None:
+        if artifacts.verify(folder, deep=deep) != digest:
+            raise StoreError(f"artefact {digest[:12]} is not what its name says", where=str(folder))
 
 
 def _adapter_digest(release: Path) -> str:

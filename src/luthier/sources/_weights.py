@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from luthier import artifacts
-from luthier.errors import ModelError, StoreError
+from luthier.errors import LuthierError, ModelError, StoreError
 
 VERSION = 1  # raise it when the same source would give other bytes
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".npz")
@@ -28,45 +29,60 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
 )
+ABANDONED_S = (
+    24 * 3600.0
+)  # a conversion that was killed leaves its folder; after a day nobody is at work in it
+ABOUT = "about.json"
+Tell = Callable[[str, int | None, int | None], None]
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 
 
-def prepare(source: Path, digest: str, dtype: str, cache: Path, tell: Callable[[str], None]) -> Path:
-    """The plain folder for `source`, whose content is called `digest`; converted unless the cache has it."""
+def prepare(source: Path, digest: str, dtype: str, cache: Path, tell: Tell) -> tuple[Path, str | None]:
+    """The plain folder for `source`, whose content is `digest`, and the licence the file itself states.
+
+    Converted unless the cache has it.
+    """
     key = artifacts.digest_of({"source": digest, "dtype": dtype, "version": VERSION})
     kept = cache / "bases" / key
     if kept.exists():
         try:
             artifacts.verify(kept)
-            return kept / "base"
+            return _kept(kept)
         except StoreError:
-            tell("the converted model in the cache is damaged; it is made again")
+            tell("the converted model in the cache is damaged; it is made again", None, None)
             shutil.rmtree(kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
+    for left in kept.parent.glob(".convert-*"):
+        if time.time() - left.stat().st_mtime > ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=kept.parent) as folder:
         made = Path(folder) / key
         (made / "base").mkdir(parents=True)
-        tell(f"converting {source.name} to {dtype} safetensors")
+        tell(f"converting {source.name} to {dtype} safetensors", None, None)
         try:
-            _convert(source, dtype, made / "base")
+            _convert(source, dtype, made / "base", tell)
+            licence = _stated_licence(source) if source.is_file() else None
         except OSError as error:
-            raise ModelError(f"the model cannot be converted: {error}", where=str(source)) from error
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise _disk_full(first, kept) or ModelError(
+                f"cannot be converted: {first}", where=str(source)
+            ) from error
+        artifacts.write_json(made / ABOUT, {"licence": licence})
         artifacts.seal(made)
         artifacts.publish(made, kept)
-    return kept / "base"
+    return _kept(kept)
 
 
-def stated_licence(source: Path) -> str | None:
+def _stated_licence(source: Path) -> str | None:
     """The licence that a GGUF file states about itself, if it states one."""
-    if source.is_dir():
-        return None
     import gguf
 
-    try:
-        field = gguf.GGUFReader(source).get_field("general.license")
-        return str(field.contents()) if field else None
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise ModelError(f"not a GGUF file: {error}", where=str(source)) from error
+    field = gguf.GGUFReader(source).get_field("general.license")
+    return str(field.contents()) if field else None
+
+
+def _kept(kept: Path) -> tuple[Path, str | None]:
+    return kept / "base", artifacts.read_json(kept / ABOUT)["licence"]
 
 
 def inspect(folder: Path) -> None:
@@ -97,7 +113,7 @@ def inspect(folder: Path) -> None:
         )
 
 
-def _convert(source: Path, dtype: str, out: Path) -> None:
+def _convert(source: Path, dtype: str, out: Path, tell: Tell) -> None:
     """Write the plain folder; what the tokenizer says about stop and padding goes into the configuration."""
     from transformers import AutoTokenizer
 
@@ -110,7 +126,7 @@ def _convert(source: Path, dtype: str, out: Path) -> None:
     options = {"local_files_only": True, "trust_remote_code": False} | (
         {"gguf_file": source.name} if gguf else {}
     )
-    with _quiet(), _readable(source):
+    with _quiet(tell), _readable(source):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if gguf:
             tokenizer.save_pretrained(out)
@@ -153,7 +169,7 @@ def _loaded(folder: str, dtype: str, source: Path, options: Mapping[str, Any]) -
 
 
 def _generation(tokenizer: Any, kept: dict[str, Any]) -> dict[str, Any]:
-    """generation_config.json: greedy unless the folder says otherwise, and it stops where the tokenizer stops."""
+    """generation_config.json: the folder's own, made to stop where the tokenizer stops."""
     stops = kept.get("eos_token_id")
     known = stops if isinstance(stops, list) else [stops]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
@@ -167,16 +183,29 @@ def _generation(tokenizer: Any, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and warnings: progress is told by us."""
+def _quiet(tell: Tell) -> Iterator[None]:
+    """Without transformers' own warnings and bars; where it counts GGUF tensors, we tell."""
+    from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    def counted(items: Collection[Any], **_: Any) -> Iterator[Any]:
+        for n, item in enumerate(items):
+            if n % 16 == 0:
+                tell("de-quantising tensors", n, len(items))
+            yield item
+
+    level, bars, bar = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        getattr(reader, "tqdm", None),
+    )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    reader.tqdm = counted
     try:
         yield
     finally:
+        reader.tqdm = bar
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
@@ -184,14 +213,25 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _readable(source: Path) -> Iterator[None]:
-    """Name the model when transformers, safetensors or gguf cannot read it."""
-    from safetensors import SafetensorError
-
+    """Name the model when transformers, tokenizers or gguf cannot read it, whatever they raise."""
     try:
         yield
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except (LuthierError, OSError):
+        raise
+    except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the model cannot be loaded: {first}", where=str(source)) from error
+        raise _disk_full(first, source) or ModelError(
+            f"cannot be loaded: {first}", where=str(source)
+        ) from error
+
+
+def _disk_full(message: str, where: Path) -> StoreError | None:
+    """safetensors and transformers report a full disk in words only."""
+    if "No space left" not in message:
+        return None
+    return StoreError(
+        "the disk is full", where=str(where), hint="free some space, then run the same command again"
+    )
 
 
 def _tidy(path: Path, *noise: str) -> None:

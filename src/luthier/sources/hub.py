@@ -9,6 +9,7 @@ This part does not know how to search the Hub, nor file formats.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -46,28 +47,36 @@ def fetch(params: Params, root: Path, cache: Path, tell: Tell) -> dict[str, Path
     for label, name in params.files.items():
         complete = folder.parent / f"{params.revision}.{name.replace('/', '--')}.complete"
         if not complete.exists():
-            tell(f"downloading {params.repo}@{params.revision[:8]} {name}", None, None)
-            _download(params, name, folder)
+            _download(params, name, folder, tell)
             complete.touch()
         found[label] = folder if name == WHOLE else folder / name
     return found
 
 
-def _download(params: Params, name: str, folder: Path) -> None:
-    from huggingface_hub import hf_hub_download, snapshot_download
+def _download(params: Params, name: str, folder: Path, tell: Tell) -> None:
+    """One file, or file by file what is wanted of a whole repository.
+
+    Not `snapshot_download`: without a network it takes a half-filled folder for a whole one.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, kind, commit = params.repo, params.kind, params.revision
+    at = f"{repo}@{commit[:8]} {name}"
     try:
+        names = [name]
         if name == WHOLE:
-            wanted = list(WANTED)
-            snapshot_download(repo, repo_type=kind, revision=commit, local_dir=folder, allow_patterns=wanted)
-        else:
-            hf_hub_download(repo, name, repo_type=kind, revision=commit, local_dir=folder)
+            listed = HfApi().list_repo_files(repo, repo_type=kind, revision=commit)
+            names = [
+                file for file in listed if "/" not in file and any(fnmatch(file, like) for like in WANTED)
+            ]
+        for n, file in enumerate(names):
+            tell(f"downloading {repo}@{commit[:8]} {file}", n, len(names))
+            hf_hub_download(repo, file, repo_type=kind, revision=commit, local_dir=folder)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FetchError(
             f"the Hub did not give it: {lines[0]}",
-            where=f"{params.repo}@{params.revision[:8]} {name}",
+            where=at,
             hint="check the network, the repository's name and commit, and HF_TOKEN if it is private",
         ) from error

@@ -72,6 +72,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
                 where="data.split",
                 hint=f"declare a file labelled `{split}`, give it a share in `data.split`, or add rows",
             )
+    for split in SPLITS:
         artifacts.write_jsonl(
             out / "rows" / f"{split}.jsonl", (row.as_record() for row in divided.rows[split])
         )

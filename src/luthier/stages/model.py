@@ -45,9 +45,10 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         wrong = next((label for label in origin.params.files if label != LABEL), "")
         raise ModelError(plugins.unknown("label", wrong, (LABEL,)), where="model.from.files")
     source = origin.module.fetch(origin.params, inputs.root, inputs.cache, tell)[LABEL]
-    _same_licence(source, licence)
     digest = origin.module.fingerprint(origin.params, inputs.root)[LABEL]
-    artifacts.link_tree(_weights.prepare(source, digest, section.dtype, inputs.cache, tell), out / "base")
+    base, stated = _weights.prepare(source, digest, section.dtype, inputs.cache, tell)
+    _same_licence(stated, licence)
+    artifacts.link_tree(base, out / "base")
     tell("checking the chat template on every row")
     tokenizer = template.load_tokenizer(out / "base")
     proof = template.check(tokenizer, _rows(inputs.artefacts["data"]))
@@ -58,8 +59,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     return {key: about[key] for key in keys} | {"template_check": proof}
 
 
-def _same_licence(source: Path, declared: str) -> None:
-    stated = _weights.stated_licence(source)
+def _same_licence(stated: str | None, declared: str) -> None:
     known = _licence.spdx(stated) if stated else None
     if known and known != declared:
         raise ModelError(

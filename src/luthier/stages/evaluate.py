@@ -1,0 +1,245 @@
+"""Stage 5, evaluate: base, tuned and honest baselines on the same held-out rows, each with its uncertainty.
+
+Every system is read by one lenient rule: the first label that stands in its answer as a word of its own.
+An answer without a label is wrong, and counted. Intervals are Wilson's, comparisons exact and paired
+(`statistics`). Loss and perplexity are over answer tokens. Latencies are of single streams, the way answers
+are served; they are observed, so they lie outside the scorecard's digest.
+
+It does not know gates: it says how good the model is, never whether that is enough.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier import artifacts, statistics, template
+from luthier.baselines import Baseline, Task
+from luthier.engine import memory
+from luthier.engine.generate import Runtime, Sampling
+from luthier.engine.score import likelihood
+from luthier.errors import DataError
+from luthier.rows import Chat, Message, chat
+from luthier.stages import Event, Inputs
+
+VERSION = 1
+NEEDS = ("data", "model", "plan", "train")
+TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The examination room: who answers, on which rows, and how answers are read."""
+
+    runtime: Runtime
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    rows: Sequence[Chat]
+    section: Any
+    tell: Callable[[Event], None]
+
+    def answer(self, prompts: Sequence[Sequence[Message]], adapter: str | None, who: str) -> list[str]:
+        """Greedy answers as text, many prompts at a time."""
+        ids = [template.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        tokens = self.runtime.greedy(
+            ids, self.section.max_new_tokens, adapter, self.stop_ids, _progress(self.tell, who)
+        )
+        return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in tokens]
+
+    def read(self, text: str) -> str | None:
+        """The label an answer gives; without a closed set of labels the whole answer is the label."""
+        return read(text, self.section.labels)
+
+
+def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
+    torch.set_num_threads(artifacts.read_json(inputs.artefacts["plan"] / "plan.json")["threads"])
+    memory.forget_peak()
+    base, adapter = inputs.artefacts["model"] / "base", inputs.artefacts["train"] / "adapter"
+    rows = _sample(_rows(inputs, "test"), section.rows, inputs.seed)
+    inputs.tell(Event("evaluate", "loading the model", 0, len(rows)))
+    tokenizer = template.load_tokenizer(base)
+    runtime = Runtime.load(base)
+    runtime.add(TUNED, adapter)
+    exam = Exam(runtime, tokenizer, template.stop_ids(tokenizer), rows, section, inputs.tell)
+    prompts = [row.prompt for row in rows]
+    texts = {
+        "base": exam.answer(prompts, None, "base model"),
+        TUNED: exam.answer(prompts, TUNED, "tuned model"),
+    }
+    said = {name: [exam.read(text) for text in answers] for name, answers in texts.items()}
+    notes: dict[str, dict[str, Any]] = {
+        "base": {"note": "the untouched base, asked as the tuned model is"},
+        TUNED: {"note": "the base under the trained adapter"},
+    }
+    for part in section.baselines:
+        found = _baseline(part, exam, inputs)
+        said[part.name] = found.said
+        notes[part.name] = {"note": found.note, **found.chosen}
+    card = _scorecard(exam, said, notes)
+    card["loss"], card["perplexity"] = _likelihoods(exam)
+    efficiency = _efficiency(exam, base, adapter, inputs.seed)
+    artifacts.write_json(out / "scorecard.json", card)
+    artifacts.write_jsonl(out / "samples.jsonl", _samples(rows, texts, said))
+    (out / "observed").mkdir(exist_ok=True)
+    artifacts.write_json(out / "observed" / "efficiency.json", efficiency)
+    return _facts(card, efficiency)
+
+
+def read(text: str, labels: Sequence[str]) -> str | None:
+    """The first label that stands in `text` as a word of its own, whatever its case."""
+    if not labels:
+        return text.strip() or None
+    found = re.search(
+        rf"(?<!\w)({'|'.join(re.escape(label) for label in labels)})(?!\w)", text, re.IGNORECASE
+    )
+    return next((label for label in labels if found and label.lower() == found[0].lower()), None)
+
+
+def _rows(inputs: Inputs, split: str) -> list[Chat]:
+    records = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / f"{split}.jsonl")
+    return [chat(record["messages"], record["where"]) for record in records]
+
+
+def _sample(rows: list[Chat], count: int | None, seed: int) -> list[Chat]:
+    if not rows:
+        raise DataError(
+            "there is no test row to examine on", hint="give a test split, or raise data.split.test"
+        )
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), count))]
+
+
+def _progress(tell: Callable[[Event], None], who: str) -> Callable[[int, int], None]:
+    began = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        eta_s = (time.monotonic() - began) / max(done, 1) * (total - done)
+        tell(Event("evaluate", who, done, total, {"eta_s": eta_s}))
+
+    return told
+
+
+def _baseline(part: Any, exam: Exam, inputs: Inputs) -> Baseline:
+    def answer(prompts: Sequence[Sequence[Message]]) -> list[str | None]:
+        return [exam.read(text) for text in exam.answer(prompts, None, f"baseline {part.name}")]
+
+    task = Task(
+        train=_rows(inputs, "train"),
+        validation=_rows(inputs, "validation"),
+        test=exam.rows,
+        labels=exam.section.labels,
+        seed=inputs.seed,
+        answer=answer,
+    )
+    found: Baseline = part.module.predict(part.params, task)
+    return found
+
+
+def _scorecard(
+    exam: Exam, said: dict[str, list[str | None]], notes: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    gold = [row.answer for row in exam.rows]
+    systems = {}
+    for name, answers in said.items():
+        scores = asdict(statistics.scores(gold, answers, exam.section.positive))
+        if not exam.section.labels:
+            scores["confusion"], scores["kappa"] = {}, None
+        systems[name] = scores | notes[name]
+    right = {name: [a == b for a, b in zip(answers, gold, strict=True)] for name, answers in said.items()}
+    paired = {}
+    for name in said:
+        if name != TUNED:
+            wins = sum(a and not b for a, b in zip(right[TUNED], right[name], strict=True))
+            losses = sum(b and not a for a, b in zip(right[TUNED], right[name], strict=True))
+            paired[f"{TUNED}_vs_{name}"] = {
+                "wins": wins,
+                "losses": losses,
+                "p": statistics.mcnemar(wins, losses),
+            }
+    return {
+        "rows": len(gold),
+        "labels": list(exam.section.labels),
+        "positive": exam.section.positive,
+        "max_new_tokens": exam.section.max_new_tokens,
+        "systems": systems,
+        "paired": paired,
+    }
+
+
+def _likelihoods(exam: Exam) -> tuple[dict[str, float], dict[str, float | None]]:
+    rows = [(row.ids, row.mask) for row in template.encode_all(exam.tokenizer, exam.rows)]
+    found = {
+        name: likelihood(exam.runtime, rows, adapter, _progress(exam.tell, f"likelihood, {name}"))
+        for name, adapter in (("base", None), (TUNED, TUNED))
+    }
+    return {n: one.loss for n, one in found.items()}, {n: one.perplexity for n, one in found.items()}
+
+
+def _efficiency(exam: Exam, base: Path, adapter: Path, seed: int) -> dict[str, Any]:
+    """Single requests, one after the other, as they will be served: the release's own baseline."""
+    draw = random.Random(seed)
+    rows = [draw.choice(exam.rows) for _ in range(exam.section.latency_requests)]
+    first, total, tokens = [], [], 0
+    told = _progress(exam.tell, "latency of single requests")
+    for n, row in enumerate(rows):
+        prompt = template.prompt_ids(exam.tokenizer, row.prompt)
+        began = time.perf_counter()
+        for count, _ in enumerate(
+            exam.runtime.stream(prompt, Sampling(exam.section.max_new_tokens), TUNED, exam.stop_ids)
+        ):
+            if count == 0:
+                first.append(time.perf_counter() - began)
+            tokens += 1
+        total.append(time.perf_counter() - began)
+        told(n + 1, len(rows))
+    return {
+        "requests": len(rows),
+        "errors": 0,
+        "latency": statistics.percentiles(total),
+        "first_token": statistics.percentiles(first),
+        "tokens_per_s": tokens / sum(total),
+        "tokens_per_answer": tokens / len(rows),
+        "peak_rss_bytes": memory.peak_rss_bytes(),
+        "adapter_bytes": sum(path.stat().st_size for path in adapter.iterdir()),
+        "base_bytes": sum(path.stat().st_size for path in base.iterdir()),
+    }
+
+
+def _samples(
+    rows: Sequence[Chat], texts: dict[str, list[str]], said: dict[str, list[str | None]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": row.id,
+            "where": row.where,
+            "gold": row.answer,
+            "prompt": row.prompt[-1].content,
+            "answers": {name: answers[n] for name, answers in texts.items()},
+            "said": {name: answers[n] for name, answers in said.items()},
+            "correct": {name: answers[n] == row.answer for name, answers in said.items()},
+        }
+        for n, row in enumerate(rows)
+    ]
+
+
+def _facts(card: dict[str, Any], efficiency: dict[str, Any]) -> dict[str, Any]:
+    shown = ("accuracy", "low", "high", "f1", "unparsed", "note")
+    return {
+        "rows": card["rows"],
+        "systems": {name: {key: score[key] for key in shown} for name, score in card["systems"].items()},
+        "paired": card["paired"],
+        "loss": card["loss"],
+        "perplexity": card["perplexity"],
+        "latency_p50_s": efficiency["latency"]["p50"],
+        "latency_p95_s": efficiency["latency"]["p95"],
+        "tokens_per_s": efficiency["tokens_per_s"],
+        "peak_rss_bytes": efficiency["peak_rss_bytes"],
+    }

@@ -1,0 +1,156 @@
+"""The server as its users meet it: a process of its own on loopback, flipped, killed and stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from luthier.errors import ServeError
+from luthier.http.server import Door, serve
+from tests.http.running import ROOT, Client, body, command, spawn
+from tests.serving.make_home import PROMPTS, TOKENS, World, copy_home
+
+FLIPS = 12
+
+
+class Server:
+    """One process, started when first needed and again after it was killed."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.process: subprocess.Popen[str] | None = None
+        self.client = Client("", "")
+
+    def ensure(self) -> Client:
+        if self.process is None or self.process.poll() is not None:
+            port = int(self.client.url.rpartition(":")[2] or 0)
+            self.process, self.client = spawn(self.world.home.path, port)
+        return self.client
+
+
+@pytest.fixture(scope="module")
+def server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(copy_home(world, tmp_path_factory.mktemp("server") / "home"))
+    yield server
+    if server.process is not None:
+        server.process.kill()
+        server.process.wait()
+
+
+def load(client: Client, done: threading.Event, seen: list[tuple[float, float, str, httpx.Response]]) -> None:
+    n = 0
+    with client.open() as http:
+        while not done.is_set():
+            prompt = PROMPTS[n % len(PROMPTS)]
+            began = time.monotonic()
+            response = http.post("/v1/chat/completions", json=body(prompt, max_tokens=TOKENS))
+            seen.append((began, time.monotonic(), prompt, response))
+            n += 1
+
+
+def test_aliases_flip_under_load_without_a_failure_or_a_mixed_answer(server: Server, tmp_path: Path) -> None:
+    client, world = server.ensure(), server.world
+    first = world.store.resolve("guard", "production")
+    seen: list[tuple[float, float, str, httpx.Response]] = []
+    done = threading.Event()
+    threads = [threading.Thread(target=load, args=(client, done, seen)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    stop = tmp_path / "stop"
+    moving = subprocess.Popen(command("flip", world.home.path, stop), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert moving.stdout is not None
+    flips = [(0.0, 0.0, first)]
+    for line in moving.stdout:
+        flips.append(tuple(json.loads(line)))
+        if len(flips) > FLIPS and len(seen) >= 200:
+            stop.touch()
+    assert moving.wait() == 0
+    done.set()
+    for thread in threads:
+        thread.join()
+
+    assert len(seen) >= 200 and len(flips) > 10
+    answered_by = set()
+    for began, ended, prompt, response in seen:
+        assert response.status_code == 200, response.text
+        release = response.headers["x-luthier-release"]
+        answer, said = world.answers[release, prompt], response.json()
+        assert said["choices"][0]["message"]["content"] == answer.text
+        assert said["choices"][0]["finish_reason"] == answer.reason
+        assert said["usage"]["completion_tokens"] == len(answer.tokens)
+        until = [*(before_after[1] for before_after in flips[1:]), float("inf")]
+        stood = {
+            digest
+            for (start, _, digest), end in zip(flips, until, strict=True)
+            if start <= ended and began <= end
+        }
+        assert release in stood  # not only within a second: from the next request on
+        answered_by.add(release)
+    assert answered_by == set(world.releases)
+
+
+def test_a_killed_server_starts_again_on_the_same_port_and_answers(server: Server) -> None:
+    client = server.ensure()
+    assert server.process is not None
+    with (
+        client.open() as http,
+        http.stream(
+            "POST", "/v1/chat/completions", json=body("hello there", stream=True, max_tokens=1900)
+        ) as response,
+    ):
+        pieces = response.iter_bytes()
+        next(pieces)
+        server.process.send_signal(signal.SIGKILL)
+        with pytest.raises(httpx.HTTPError):
+            list(pieces)
+    server.process.wait()
+    again = server.ensure()
+    assert again == client
+    response = again.ask(body("hello there", max_tokens=4))
+    assert response.status_code == 200, response.text
+
+
+def test_sigterm_finishes_what_is_under_way_refuses_the_rest_and_leaves_a_log(server: Server) -> None:
+    client = server.ensure()
+    assert server.process is not None
+    with (
+        client.open() as http,
+        http.stream(
+            "POST", "/v1/chat/completions", json=body("hello there", stream=True, max_tokens=200)
+        ) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(15) == 0
+    with pytest.raises(httpx.ConnectError):
+        client.ask(body("hello there"))
+    last = server.world.store.requests()[-1]
+    assert (last.status, last.completion_tokens, last.error) == (200, 200, None)
+
+
+def test_a_port_in_use_is_named_before_anything_is_loaded(world: World) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=f"port {port} is in use") as refusal:
+            serve(world.store, world.home, Door(port=port), lambda said: None)
+        assert refusal.value.hint
+
+
+@pytest.mark.parametrize("door", [Door(port=70000), Door(host="no such host", port=0), Door(key="short")])
+def test_a_door_that_cannot_open_is_a_serve_error(world: World, door: Door) -> None:
+    with pytest.raises(ServeError):
+        serve(world.store, world.home, door, lambda said: None)

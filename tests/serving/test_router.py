@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from luthier.errors import GateRefused, NotFound, StoreError
+from luthier.serving.router import Router
+from luthier.store import Store
+from tests.serving.make_home import World, copy_home, promote, publish_release
+
+
+@pytest.fixture
+def router(world: World) -> Router:
+    return Router(world.store, world.home)
+
+
+def test_a_name_an_alias_and_a_digest_lead_to_the_same_release(world: World, router: Router) -> None:
+    first = world.releases[0]
+    targets = {
+        router.resolve(model)
+        for model in ("guard", "guard@production", f"guard@{first[:12]}", f"guard@{first}")
+    }
+    assert [target.release_digest for target in targets] == [first]
+
+
+def test_an_alias_moved_through_another_store_is_followed_at_once(world: World, router: Router) -> None:
+    elsewhere = Store.open(world.home.path)
+    for digest in world.releases * 2:
+        promote(elsewhere, digest, "canary")
+        assert router.resolve("guard@canary").release_digest == digest
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "",
+        "gaurd",
+        "guard@prodution",
+        "guard@",
+        "guard@0123456789ab",
+        "guard@@",
+        "../guard",
+        "guard@\x00",
+        "G" * 99,
+    ],
+)
+def test_an_unknown_model_is_not_found(router: Router, model: str) -> None:
+    with pytest.raises(NotFound):
+        router.resolve(model)
+
+
+def test_the_nearest_name_is_offered(router: Router) -> None:
+    with pytest.raises(NotFound, match="did you mean 'guard@production'"):
+        router.resolve("guard@prodution")
+
+
+def test_a_release_that_its_gates_refused_is_not_served(world: World, router: Router, tmp_path: Path) -> None:
+    refused = publish_release(world.home, world.store, world.model, tmp_path, seed=90, accepted=False)
+    with pytest.raises(GateRefused):
+        router.resolve(f"guard@{refused[:12]}")
+    assert not any(refused in entry.model for entry in router.listed())
+
+
+def test_an_adapter_of_another_base_is_refused(world: World, router: Router, tmp_path: Path) -> None:
+    wrong = publish_release(
+        world.home, world.store, world.model, tmp_path, seed=91, trained_on="luthier-base:000000000000"
+    )
+    with pytest.raises(StoreError, match="was trained on 'luthier-base:000000000000'"):
+        router.resolve(f"guard@{wrong[:12]}")
+
+
+def test_a_release_made_on_another_base_is_refused(world: World, router: Router, tmp_path: Path) -> None:
+    wrong = publish_release(world.home, world.store, world.model, tmp_path, seed=92, base="0" * 64)
+    with pytest.raises(StoreError, match="but its model artefact holds base"):
+        router.resolve(f"guard@{wrong[:12]}")
+
+
+@pytest.mark.parametrize("place", ["adapter/adapter_model.safetensors", "release.json"])
+def test_a_flipped_bit_is_found_before_a_release_is_first_served(
+    world: World, tmp_path: Path, place: str
+) -> None:
+    copy = copy_home(world, tmp_path / "home")
+    path = copy.home.artifact(copy.releases[0]) / place
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="SHA-256 changed"):
+        Router(copy.store, copy.home).resolve("guard")
+
+
+def test_a_file_that_vanishes_later_is_found_too(world: World, tmp_path: Path) -> None:
+    copy = copy_home(world, tmp_path / "home")
+    router = Router(copy.store, copy.home)
+    router.resolve("guard")
+    (copy.home.artifact(copy.model) / "base" / "model.safetensors").unlink()
+    with pytest.raises(StoreError, match="missing base/model.safetensors"):
+        router.resolve("guard")
+
+
+def test_every_alias_and_every_accepted_digest_is_listed(world: World, router: Router) -> None:
+    listed = {entry.model: entry.release.digest for entry in router.listed()}
+    assert listed["guard@production"] == world.releases[0]
+    assert all(listed[f"guard@{digest}"] == digest for digest in world.releases)
+    assert all(
+        router.resolve(model).release_digest == digest
+        for model, digest in listed.items()
+        if digest in world.releases
+    )

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.errors import DataError
+from luthier.rows import Role, chat, conversation
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), st.one_of(st.none(), TEXT))
+def test_a_conversation_comes_back_from_its_record_with_the_same_id(
+    talk: list[tuple[str, str]], system: str | None
+) -> None:
+    messages = turns(*((role, text) for q, a in talk for role, text in (("user", q), ("assistant", a))))
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    row = chat(messages, "a.jsonl:1")
+    assert row.as_record()["messages"] == messages
+    assert chat(messages, "b.jsonl:9").id == row.id and len(row.id) == 16
+    assert row.answer == messages[-1]["content"] and len(row.prompt) == len(messages) - 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "non-empty list"),
+        ("hello", "non-empty list"),
+        ([3], "object with `role`"),
+        (turns(("user", "a")), "must end with the assistant"),
+        (turns(("assistant", "a")), "expected 'user'"),
+        (turns(("user", "a"), ("user", "b")), "expected 'assistant'"),
+        (turns(("user", "a"), ("system", "b"), ("assistant", "c")), "expected 'assistant'"),
+        (turns(("system", "a")), "only a system message"),
+        (turns(("robot", "a")), "unknown role 'robot'"),
+        (turns(("user", "  "), ("assistant", "b")), "empty"),
+        ([{"role": "user", "content": None}], "empty or not text"),
+        (turns(("user", "\ud800"), ("assistant", "b")), "surrogate"),
+    ],
+)
+def test_turns_that_are_no_training_row_are_refused_with_their_place(messages: object, words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        chat(messages, "rows.jsonl:3")
+    assert caught.value.where is not None and caught.value.where.startswith("rows.jsonl:3")
+
+
+def test_a_conversation_may_end_with_the_user_when_it_is_a_question() -> None:
+    assert conversation(turns(("user", "a")), "request")[0].role is Role.USER

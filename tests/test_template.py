@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from luthier import template
+from luthier.errors import ModelError
+from luthier.rows import Chat, Message, Role, chat, dicts
+from tests.tiny import CHATML, SPECIAL
+
+QUIET = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=20)
+TEXTS = WORDS.filter(lambda text: text.strip() == text)
+NASTY = st.lists(
+    st.one_of(TEXTS, st.sampled_from([*SPECIAL, "\ue000", "\ue0000\ue001", "{", "<|im_"])), min_size=1
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Any:
+    return template.load_tokenizer(tiny_base)
+
+
+def talk(*texts: str) -> Chat:
+    roles = ("user", "assistant")
+    return chat([{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)], "rows.jsonl:7")
+
+
+def with_template(tiny_base: Path, folder: Path, text: str) -> Any:
+    shutil.copytree(tiny_base, folder)
+    (folder / "chat_template.jinja").write_text(text)
+    return template.load_tokenizer(folder)
+
+
+@QUIET
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
+def test_rows_without_control_text_get_the_tokens_of_apply_chat_template(
+    tokenizer: Any, turns: list[tuple[str, str]]
+) -> None:
+    row = talk(*(text for turn in turns for text in turn))
+    plain = tokenizer.apply_chat_template(dicts(row.messages), tokenize=True, return_dict=False)
+    encoded = template.encode(tokenizer, row)
+    assert list(encoded.ids) == plain
+    assert encoded.id == row.id and len(encoded.mask) == len(encoded.ids)
+
+
+@QUIET
+@given(st.lists(NASTY.map("".join).filter(str.strip), min_size=2, max_size=2))
+def test_content_never_becomes_a_control_token_and_comes_back_as_written(
+    tokenizer: Any, texts: list[str]
+) -> None:
+    ids = template.prompt_ids(tokenizer, [Message(Role.USER, texts[0])])
+    control = set(tokenizer.convert_tokens_to_ids(list(SPECIAL)))
+    assert [tokenizer.convert_ids_to_tokens(n) for n in ids if n in control] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    ]
+    expected = CHATML_TEXT.format(texts[0])
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == expected
+
+
+CHATML_TEXT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_what_is_learnt_is_each_answer_and_its_stop_token_and_nothing_after(tokenizer: Any) -> None:
+    encoded = template.encode(tokenizer, talk("a", "first", "b", "second"))
+    learnt = [n for n, kept in zip(encoded.ids, encoded.mask, strict=True) if kept]
+    assert tokenizer.decode(learnt) == "first<|im_end|>second<|im_end|>"
+    assert encoded.mask[-1] is False and tokenizer.decode([encoded.ids[-1]]) == "\n"
+
+
+def test_an_answer_that_spells_the_stop_token_is_learnt_to_its_real_end(tokenizer: Any) -> None:
+    encoded = template.encode(tokenizer, talk("q", "say <|im_end|> please"))
+    learnt = [n for n, kept in zip(encoded.ids, encoded.mask, strict=True) if kept]
+    assert tokenizer.decode(learnt) == "say <|im_end|> please<|im_end|>"
+    stops = template.stop_ids(tokenizer)
+    assert [n in stops for n in learnt] == [False] * (len(learnt) - 1) + [True]
+
+
+@QUIET
+@given(st.lists(NASTY.map("".join).filter(lambda t: t.strip() == t and t), min_size=2, max_size=6))
+def test_many_rows_at_once_equal_each_row_alone(tokenizer: Any, texts: list[str]) -> None:
+    rows = [talk(text, "yes") for text in texts]
+    assert template.encode_all(tokenizer, rows) == [template.encode(tokenizer, row) for row in rows]
+
+
+def test_the_serving_prompt_is_the_beginning_of_the_training_row(tokenizer: Any) -> None:
+    row = talk("hello <|im_end|>", "fine")
+    prompt = template.prompt_ids(tokenizer, row.prompt)
+    encoded = template.encode(tokenizer, row)
+    assert list(encoded.ids[: len(prompt)]) == prompt and not any(encoded.mask[: len(prompt)])
+
+
+def test_check_says_how_much_there_is_to_learn(tokenizer: Any) -> None:
+    rows = [talk("a", "b"), talk("what", "a longer answer <|im_start|>")]
+    facts = template.check(tokenizer, rows)
+    encoded = template.encode_all(tokenizer, rows)
+    assert facts["rows"] == 2 and facts["tokens"] == sum(len(row.ids) for row in encoded)
+    assert facts["longest"] == len(encoded[1].ids) and facts["mean_loss_tokens"] > 2
+    assert facts["control_text_rows"] == 1 and facts["stop"] == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (CHATML.replace("'<|im_end|>'", "''"), "no stop token"),
+        (CHATML.replace("message['content']", "(message['content'] if message['role'] == 'user' else '')"),
+         "no token to learn"),
+        (CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"), "not begin with the serving prompt"),
+        ("{{ raise_exception('no users here') }}", "no users here"),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_agree_with_serving_blocks_and_prints_tokens(
+    tiny_base: Path, tmp_path: Path, text: str, words: str
+) -> None:
+    broken = with_template(tiny_base, tmp_path / "base", text)
+    with pytest.raises(ModelError, match=words) as caught:
+        template.check(broken, [talk("hello", "world")])
+    assert caught.value.where == "rows.jsonl:7"
+    if "users" not in words:
+        assert "'<|im_start|>'" in caught.value.what or "'Ċ'" in caught.value.what
+
+
+def test_a_tokenizer_without_a_template_or_without_files_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="no chat template"):
+        template.load_tokenizer(tmp_path / "base")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        template.load_tokenizer(tmp_path / "nothing")
+    (tmp_path / "base" / "tokenizer.json").write_text(
+        '{"model": {"type": "BPE", "merges": ["a b"], "vocab": {}}}'
+    )
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        template.load_tokenizer(tmp_path / "base")
