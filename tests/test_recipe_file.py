@@ -113,7 +113,7 @@ def test_a_missing_key_is_shown_where_it_should_stand(tmp_path: Path) -> None:
 def test_every_mistake_is_shown_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     error = refused(tmp_path, TEXT.replace("licence: MIT", "license: MIT").replace("minimum", "minimun"))
     lines = error.what.splitlines()
-    assert len(lines) == 3 and "licence" in lines[0] + lines[1] and "minimum" in lines[2]
+    assert len(lines) == 4 and "licence" in lines[0] and "minimum" in lines[2]
     assert f"toy.yaml:{line_of('- {name: floor')}" in lines[2]
 
 
@@ -129,8 +129,8 @@ def test_every_mistake_is_shown_at_once_in_the_order_of_the_file(tmp_path: Path)
         ("- a\n", "mapping of keys", 1),
         ("", "mapping of keys", 1),
         ("? [a]\n: 1\n", "a key must be a word", 1),
-        ("a: " + "[" * 3000, "not YAML", 1),
-        ("a: " + "[" * 3000 + "]" * 3000, "nested too deep", None),
+        ("a: " + "[" * 3000, "nested deeper", 1),
+        ("- " * 3000 + "x", "nested deeper", 1),
         ("a: \x00\n", "not YAML", None),
     ],
 )
@@ -204,16 +204,17 @@ PATHS = st.sampled_from(
         "data.sources.0.from",
         "data.sources.0.values",
         "model",
-        "train",
+        "seed",
     ]
-    + [
+) | st.sampled_from(
+    [
+        "train",
         "train.0",
         "train.0.method",
         "train.0.steps",
         "release.gates",
         "release.gates.0",
         "evaluate.labels",
-        "seed",
     ]
 )
 

@@ -24,6 +24,7 @@ from luthier.plugins import PartInvalid
 from luthier.recipe import Recipe
 
 LARGEST_BYTES = 256 * 1024
+DEPTH = 32
 SHOWN = 10
 Loc = tuple[str | int, ...]
 Places = dict[Loc, str]
@@ -70,22 +71,29 @@ def _text(path: Path) -> str:
 def _parsed(text: str, name: str, places: Places, prefix: Loc = (), line: bool = True) -> Any:
     """The value of a YAML text; `places` learns where each part of it stands."""
     try:
-        for event in yaml.parse(text, yaml.SafeLoader):
-            here = _at(name, event.start_mark, line)
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise RecipeError("anchors and aliases are not used in recipes", where=here)
-            if getattr(event, "tag", None):
-                hint = "a recipe names parts, never code"
-                raise RecipeError(f"the tag {event.tag!r} is not used in recipes", where=here, hint=hint)
+        _plain(text, name, line)
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         problem = " ".join(filter(None, (error.context, error.problem)))
         raise RecipeError(f"not YAML: {problem}", where=_at(name, error.problem_mark, line)) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"not YAML: {str(error).splitlines()[0]}", where=name) from error
-    except RecursionError as error:
-        raise RecipeError("not YAML: nested too deep", where=name) from error
     return None if node is None else _value(node, prefix, _Reader(name, places, line))
+
+
+def _plain(text: str, name: str, line: bool) -> None:
+    """Refuse what a recipe does not need: aliases, tags and depth."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        here = _at(name, event.start_mark, line)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise RecipeError("anchors and aliases are not used in recipes", where=here)
+        if tag := getattr(event, "tag", None):
+            hint = "a recipe names parts, never code"
+            raise RecipeError(f"the tag {tag!r} is not used in recipes", where=here, hint=hint)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH:
+            raise RecipeError(f"nested deeper than {DEPTH}", where=here)
 
 
 class _Reader:

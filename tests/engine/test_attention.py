@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import Gemma2Config, GptOssConfig
 
 from luthier.engine import attention, base, batch, head
@@ -35,9 +37,12 @@ def alone(model: Any, documents: list[Encoded]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("lengths", [(17, 9, 9, 9, 4, 2), (270, 270, 258, 140, 100, 7)], ids=["short", "long"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_packed_log_probabilities_and_gradients_are_the_unpacked_ones(family: str) -> None:
-    model, documents = make(FAMILIES[family]()), rows((17, 9, 9, 9, 4, 2))
+def test_packed_log_probabilities_and_gradients_are_the_unpacked_ones(
+    family: str, lengths: tuple[int, ...]
+) -> None:
+    model, documents = make(FAMILIES[family]()), rows(lengths)
     found, expected = packed(model, documents), alone(model, documents)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found.sum().backward()
@@ -64,8 +69,60 @@ def test_the_order_of_documents_changes_nothing_but_the_order() -> None:
     torch.testing.assert_close(torch.cat(backwards[::-1]), packed(model, documents), rtol=1e-5, atol=1e-6)
 
 
-def test_equal_lengths_are_one_group() -> None:
-    assert Documents.of((7, 4, 4, 4, 2)).groups == ((0, 1, 7), (7, 3, 4), (19, 1, 2))
+def test_documents_of_like_length_attend_together() -> None:
+    found = Documents.of((300, 300, 200, 120, 60, 59, 9))
+    assert [(g.start, g.tokens, g.documents, g.length) for g in found.groups] == [
+        (0, 600, 2, 300), (600, 320, 2, 200), (920, 119, 2, 60), (1039, 9, 1, 9)
+    ]  # fmt: skip
+    assert found.tokens == 1048
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_short_documents_attend_as_torchs_own_kernel_does(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, documents = make(FAMILIES[family]()), rows((17, 9, 9, 9, 4, 2))
+    found = packed(model, documents)
+    monkeypatch.setattr(attention, "SHORT", 0)
+    torch.testing.assert_close(found, packed(model, documents), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    shape=st.sampled_from([(4, 2), (3, 1), (2, 2)]),
+    window=st.sampled_from([None, 1, 3, 50]),
+    seed=st.integers(0, 999),
+)
+def test_attention_of_any_packing_is_attention_of_each_document(
+    lengths: list[int], shape: tuple[int, int], window: int | None, seed: int
+) -> None:
+    (heads, kv_heads), total = shape, sum(lengths)
+    noise = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(1, count, total, 8, generator=noise, dtype=torch.float64).requires_grad_()
+
+    inputs = (draw(heads), draw(kv_heads), draw(kv_heads))
+    upstream = torch.randn(1, total, heads, 8, generator=noise, dtype=torch.float64)
+    module = torch.nn.Identity()
+    module.is_causal = True  # type: ignore[assignment]
+    found, _ = attention.attend(
+        module, *inputs, None, documents=Documents.of(lengths), sliding_window=window, dropout=0.0
+    )
+    parts, start = [], 0
+    for length in lengths:
+        q, k, v = (x[:, :, start : start + length] for x in inputs)
+        seen = ~attention._hidden(length, window, q.device)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        parts.append(out.transpose(1, 2))
+        start += length
+    expected = torch.cat(parts, dim=1)
+    # Scores pass through float32, whatever the inputs are.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    got = torch.autograd.grad((found * upstream).sum(), inputs)
+    want = torch.autograd.grad((expected * upstream).sum(), inputs)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

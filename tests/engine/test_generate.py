@@ -112,23 +112,23 @@ def test_a_stream_ends_with_the_stop_token(runtime: Runtime) -> None:
     assert list(runtime.stream(PROMPT, Sampling(12), "aaaa", frozenset({stop}))) == tokens[: cut + 1]
 
 
-def test_batched_answers_are_those_of_single_streams(runtime: Runtime) -> None:
+@pytest.mark.parametrize("head", [[1, 40, 41, 42], []], ids=["shared prefix", "nothing shared"])
+def test_batched_answers_are_those_of_single_streams(head: list[int], runtime: Runtime) -> None:
     generator = torch.Generator().manual_seed(5)
-    tails = [
-        torch.randint(3, 250, (1 + n % 17,), generator=generator).tolist() for n in range(2 * ROWS // 2 + 9)
+    prompts = [
+        head + torch.randint(3, 250, (1 + n % 17,), generator=generator).tolist() for n in range(ROWS + 9)
     ]
-    for head in ([1, 40, 41, 42], []):
-        prompts = [head + tail for tail in tails]
-        for adapter in ("aaaa", None):
-            single = [list(runtime.stream(prompt, Sampling(6), adapter, NO_STOP)) for prompt in prompts]
-            stop = frozenset({single[0][2], single[7][3]})
-            single = [list(runtime.stream(prompt, Sampling(6), adapter, stop)) for prompt in prompts]
-            told: list[tuple[int, int]] = []
-            batched = runtime.greedy(
-                prompts, 6, adapter, stop, lambda done, total: told.append((done, total))
-            )
-            assert batched == single
-            assert told[-1] == (len(prompts), len(prompts))
+    for adapter in ("aaaa", None):
+        stop = frozenset(list(runtime.stream(prompts[0], Sampling(3), adapter, NO_STOP))[-1:])
+        single = [list(runtime.stream(prompt, Sampling(4), adapter, stop)) for prompt in prompts]
+        assert runtime.greedy(prompts, 4, adapter, stop) == single
+
+
+def test_progress_grows_to_the_number_of_prompts(runtime: Runtime) -> None:
+    told: list[int] = []
+    prompts = [[1, 3 + n % 200] for n in range(2 * ROWS + 1)]
+    runtime.greedy(prompts, 1, None, NO_STOP, lambda done, total: told.append(done))
+    assert told == [ROWS, 2 * ROWS, 2 * ROWS + 1]
 
 
 def test_no_prompts_give_no_answers(runtime: Runtime) -> None:

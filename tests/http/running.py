@@ -1,7 +1,7 @@
 """Servers for tests: one in a process of its own, one in a thread; and a second process that moves aliases.
 
 python -m tests.http.running serve HOME PORT    announces itself on stdout, as `luthier serve --json` does
-python -m tests.http.running flip HOME STOP     until STOP exists; a line per move: before, after (monotonic), digest
+    python -m tests.http.running flip HOME STOP     until STOP exists; a line a move: before, after, digest
 """
 
 from __future__ import annotations
@@ -92,13 +92,10 @@ def threaded(store: Any, home: Any, **door: Any) -> Iterator[Client]:
 
 
 def _serve(home: str, port: str) -> None:
-    from luthier.home import Home
-    from luthier.http.server import Door, serve
-    from luthier.store import Store
+    from luthier import http
 
-    opened = Home.at(home)
-    door = Door(port=int(port), threads=1, key="the same key after a restart")
-    serve(Store.open(opened.path), opened, door, lambda said: print(json.dumps(said), flush=True))
+    key = "the same key after a restart"
+    http.serve(home=home, port=int(port), key=key, announce=lambda said: print(json.dumps(said), flush=True))
 
 
 def _flip(home: str, stop: str) -> None:

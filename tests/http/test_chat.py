@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -149,31 +150,34 @@ def test_every_name_of_a_model_is_listed_and_answers(own: World, client: Client)
         assert response.json()["choices"][0]["message"]["content"] == own.answers[digest, HELLO].text
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"messages": []}, {"messages": "hi"}, {"messages": None}, {"messages": [{"role": "user"}]}, {"model": 3}, {"model": ""},
-        {"messages": [{"role": "user", "content": "  "}]}, {"messages": [{"role": ["user"], "content": "x"}]},
-        {"messages": [{"role": "robot", "content": "x"}]}, {"messages": [{"role": "system", "content": "x"}]},
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-        {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": 1.5}, {"temperature": -1}, {"temperature": 3},
-        {"temperature": True}, {"top_p": 2}, {"seed": 2**70}, {"stop": [""]}, {"stop": ["a"] * 5}, {"stream": "yes"},
-        {"n": 2}, {"logprobs": True}, {"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}},
-        {"presence_penalty": 0.5}, {"logit_bias": {"5": 1}}, {"messages": [{"role": "user", "content": "a" * 3000}]},
-    ],
-)  # fmt: skip
+def turns(*said: tuple[Any, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+WRONG: list[dict[str, Any]] = [
+    {"messages": []}, {"messages": "hi"}, {"messages": None}, {"messages": [{"role": "user"}]},
+    {"model": 3}, {"model": ""}, turns(("user", "  ")), turns((["user"], "x")), turns(("robot", "x")),
+    turns(("system", "x")), turns(("user", "x"), ("assistant", "y")), turns(("user", "x"), ("user", "y")),
+    turns(("user", [{"type": "image_url", "image_url": {"url": "x"}}])), turns(("user", "a" * 3000)),
+    {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": 1.5}, {"temperature": -1}, {"temperature": 3},
+    {"temperature": True}, {"top_p": 2}, {"seed": 2**70}, {"stop": [""]}, {"stop": ["a"] * 5},
+    {"stream": "yes"}, {"n": 2}, {"logprobs": True}, {"tools": [{"type": "function"}]},
+    {"response_format": {"type": "json_object"}}, {"presence_penalty": 0.5}, {"logit_bias": {"5": 1}},
+]  # fmt: skip
+HARMLESS: list[dict[str, Any]] = [
+    {"n": 1}, {"tools": []}, {"logprobs": False}, {"response_format": {"type": "text"}}, {"stop": None},
+    {"presence_penalty": 0.0}, {"max_tokens": None}, {"tool_choice": "auto"}, {"metadata": {"a": 1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_field_is_refused_by_name(client: Client, wrong: dict[str, Any]) -> None:
     error = assert_refused(client.ask(body(HELLO) | wrong), 400)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == next(iter(wrong))
 
 
-@pytest.mark.parametrize(
-    "harmless", [{"n": 1}, {"tools": []}, {"logprobs": False}, {"response_format": {"type": "text"}}, {"presence_penalty": 0.0},
-                 {"stop": None}, {"max_tokens": None}, {"tool_choice": "auto"}, {"metadata": {"a": 1}}],
-)  # fmt: skip
+@pytest.mark.parametrize("harmless", HARMLESS)
 def test_a_field_that_asks_for_nothing_is_ignored(client: Client, harmless: dict[str, Any]) -> None:
     assert client.ask(body(HELLO) | harmless).status_code == 200
 
@@ -203,11 +207,9 @@ def test_a_huge_body_is_refused_whether_or_not_its_length_is_declared(client: Cl
             yield b"x" * 65536
 
     for content in (b"x" * (5 << 20), pieces()):
-        with client.open() as http:
-            try:
-                assert_refused(http.post("/v1/chat/completions", content=content), 413)
-            except (httpx.WriteError, httpx.RemoteProtocolError):
-                pass  # the server hung up while we were still sending, which is as good
+        # The server may hang up while we are still sending, which is as good.
+        with client.open() as http, suppress(httpx.WriteError, httpx.RemoteProtocolError):
+            assert_refused(http.post("/v1/chat/completions", content=content), 413)
     assert client.ask(body(HELLO)).status_code == 200
 
 
@@ -251,10 +253,8 @@ def test_a_hundred_clients_that_leave_free_their_places(own: World, client: Clie
     for n in range(100):
         sent = json.dumps(body(HELLO, max_tokens=1900, stream=n % 2 == 0)).encode()
         with socket.create_connection((place.hostname, place.port)) as wire:
-            wire.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + client.key.encode()
-                + b"\r\nContent-Length: " + str(len(sent)).encode() + b"\r\n\r\n" + sent
-            )  # fmt: skip
+            head = f"Host: x\r\nAuthorization: Bearer {client.key}\r\nContent-Length: {len(sent)}\r\n\r\n"
+            wire.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + sent)
             if n % 10 == 0:
                 wire.settimeout(10)
                 wire.recv(64) if n % 2 == 0 else time.sleep(0.05)
@@ -268,16 +268,19 @@ def test_a_hundred_clients_that_leave_free_their_places(own: World, client: Clie
 
 def test_a_full_queue_is_a_429_with_a_time_to_come_back(own: World) -> None:
     long = body(HELLO, stream=True, max_tokens=1900)
-    with threaded(own.store, own.home, limits=Limits(active=1, waiting=1, grace_s=0.0)) as client:
-        with client.open() as http, http.stream("POST", "/v1/chat/completions", json=long) as growing:
-            lines = growing.iter_lines()  # kept: letting it go would hang up
-            next(lines)
-            waiting = threading.Thread(target=client.ask, args=(long,))
-            waiting.start()
-            until(lambda: gauge(client, "luthier_queue") == 1)
-            refused = client.ask(body(HELLO))
-            assert assert_refused(refused, 429)["type"] == "rate_limit_error"
-            assert int(refused.headers["retry-after"]) >= 1
+    with (
+        threaded(own.store, own.home, limits=Limits(active=1, waiting=1, grace_s=0.0)) as client,
+        client.open() as http,
+        http.stream("POST", "/v1/chat/completions", json=long) as growing,
+    ):
+        lines = growing.iter_lines()  # kept: letting it go would hang up
+        next(lines)
+        waiting = threading.Thread(target=client.ask, args=(long,))
+        waiting.start()
+        until(lambda: gauge(client, "luthier_queue") == 1)
+        refused = client.ask(body(HELLO))
+        assert assert_refused(refused, 429)["type"] == "rate_limit_error"
+        assert int(refused.headers["retry-after"]) >= 1
     waiting.join()
 
 

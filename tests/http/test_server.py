@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -65,7 +66,8 @@ def test_aliases_flip_under_load_without_a_failure_or_a_mixed_answer(server: Ser
     for thread in threads:
         thread.start()
     stop = tmp_path / "stop"
-    moving = subprocess.Popen(command("flip", world.home.path, stop), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    words = command("flip", world.home.path, stop)
+    moving = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert moving.stdout is not None
     flips = [(0.0, 0.0, first)]
     for line in moving.stdout:

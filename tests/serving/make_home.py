@@ -81,14 +81,23 @@ def publish_base(home: Home, folder: Path, *, seed: int = 0) -> str:
 
 
 def publish_release(
-    home: Home, store: Store, model: str, folder: Path, *, seed: int, std: float = 0.3, accepted: bool = True, **changes: Any
-) -> str:  # fmt: skip
+    home: Home,
+    store: Store,
+    model: str,
+    folder: Path,
+    *,
+    seed: int,
+    std: float = 0.3,
+    accepted: bool = True,
+    **changes: Any,
+) -> str:
     """Seal and register a release; `changes` falsify its release.json, or with `trained_on` its adapter."""
     base = artifacts.read_json(home.artifact(model) / "base.json")["digest"]
     out = folder / f"release-{seed}"
     torch.manual_seed(seed)
     plain = AutoModelForCausalLM.from_pretrained(home.artifact(model) / "base")
-    tuned = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"))
+    modules = ["q_proj", "v_proj", "up_proj"]
+    tuned = get_peft_model(plain, LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
     for name, weight in tuned.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=std)

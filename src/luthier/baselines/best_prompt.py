@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from luthier import plugins
+from luthier import artifacts, plugins
 from luthier.baselines import Baseline, Task
 from luthier.rows import Chat, Message, Role
 
@@ -39,7 +39,14 @@ def predict(params: Params, task: Task) -> Baseline:
     prompt, count = candidates[best]
     said = task.answer([_asked(row, prompt, shots[:count]) for row in task.test])
     tried = [
-        {"prompt": prompt or "the rows' own", "shots": count, "accuracy": round(accuracy, 4)}
+        {
+            "prompt": "the rows' own" if prompt is None else prompt,
+            "version": artifacts.digest_of({"prompt": prompt, "shots": [row.id for row in shots[:count]]})[
+                :12
+            ],
+            "shots": count,
+            "accuracy": round(accuracy, 4),
+        }
         for (prompt, count), accuracy in zip(candidates, accuracies, strict=True)
     ]
     note = (

@@ -3,8 +3,8 @@
 `Runtime.stream` does for a batch of one what `transformers.generate` does over a `PeftModel` in the same
 dtype (https://huggingface.co/docs/transformers/main_classes/text_generation): the same modules, the same
 attention, the same cache, the adapter unmerged, one forward a token. So a stranger who loads the adapter
-with plain transformers and peft gets the same bits, and `gates/parity` can demand it. top-p sampling is
-Holtzman et al., https://arxiv.org/abs/1904.09751.
+with plain transformers and peft gets the same bits, and `gates/parity` can demand the same tokens. Nucleus
+(top-p) sampling is Holtzman et al., https://arxiv.org/abs/1904.09751.
 
 `Runtime.greedy` answers many prompts at once for evaluation: sorted by length, left-padded, and the tokens
 that all prompts begin with are read only once. In bfloat16 its rounding differs from a stream's, so at a
@@ -34,6 +34,10 @@ from luthier.errors import ModelError
 
 ROWS = 64  # rows of one evaluation batch
 PADDED_TOKENS = 6144  # and its size once padded; more gains nothing on a CPU and costs memory
+
+# As an index the last position is copied out; as a plain 1 it stays a strided view, for which torch's matmul
+# with frozen bfloat16 weights takes a slow path, and for more rows copies the output matrix once per row.
+LAST = torch.tensor([-1])
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings under which loading an adapter would change the base itself, which every other adapter shares.
@@ -155,10 +159,18 @@ class Runtime:
 
     @torch.inference_mode()
     def _step(self, ids_BT: Tensor, cache: Any, adapter: str | None) -> Tensor:
-        """Logits (float32) after the last of `ids`; no mask is given because nothing is padded."""
+        """Logits (float32) after the last of `ids`; no mask is given because nothing is padded.
+
+        In float32, where parity excuses nothing, the last position is taken exactly as `generate` takes it.
+        In bfloat16 it is copied out first: measured bit-equal, and 0.3 s sooner to the first token.
+        """
         self._use(adapter)
+        last = LAST if self._model.dtype is torch.bfloat16 else 1
         out = self._model(
-            input_ids=ids_BT.to(self._model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids_BT.to(self._model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
         )
         logits_V: Tensor = out.logits[0, -1].to(copy=True, dtype=torch.float32, device="cpu")
         return logits_V
@@ -176,7 +188,7 @@ class Runtime:
         if any(not prompt for prompt in prompts):
             raise ModelError("an empty prompt has no next token")
         self._require(adapter)
-        shared = self._read_shared(prompts, adapter)
+        shared = self.read_shared(prompts, common_prefix(prompts), adapter)
         start = shared.get_seq_length()
         answers: list[list[int]] = [[] for _ in prompts]
         done = 0
@@ -190,12 +202,19 @@ class Runtime:
                 tell(done, len(prompts))
         return answers
 
-    def _read_shared(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> Any:
-        """A cache that holds what all prompts begin with (empty where sharing would not be plain)."""
+    def read_shared(self, rows: Sequence[Sequence[int]], length: int, adapter: str | None) -> Any:
+        """A cache of the first `length` tokens of all rows; left empty where sharing would not be plain."""
         cache = DynamicCache(config=self._model.config)
-        length = common_prefix(prompts)
-        if length and not any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-            self._step(torch.tensor([list(prompts[0][:length])]), cache, adapter)
+        if length > 0 and not any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            self._step(torch.tensor([list(rows[0][:length])]), cache, adapter)
+        return cache
+
+    def fan_out(self, shared: Any, rows: int) -> Any:
+        """A cache for a batch in which every row has already read what `shared` holds."""
+        cache = DynamicCache(config=self._model.config)
+        if shared.get_seq_length():
+            for n, layer in enumerate(shared.layers):
+                cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), n)
         return cache
 
     def _answer(
@@ -208,21 +227,13 @@ class Runtime:
         mask_BT = torch.ones(len(rows), start + widest, dtype=torch.long)
         mask_BT[:, start:] = (torch.arange(widest) >= pads_B[:, None]).long()
         at_BT = (start + torch.arange(widest) - pads_B[:, None]).clamp(min=0)
-        cache = DynamicCache(config=self._model.config)
-        if start:
-            for n, layer in enumerate(shared.layers):
-                cache.update(
-                    layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1), n
-                )
+        cache = self.fan_out(shared, len(rows))
         answers: list[list[int]] = [[] for _ in rows]
         alive = list(range(len(rows)))
-        # Given as a tensor, the last position is copied out; as a plain 1 it stays a strided view, for which
-        # torch's matmul with frozen weights copies the whole output matrix once per row (25 times slower).
-        last = torch.tensor([-1])
         for _ in range(max_new_tokens):
             out = self._model(
                 input_ids=ids_BT, attention_mask=mask_BT, position_ids=at_BT, past_key_values=cache,
-                use_cache=True, logits_to_keep=last,
+                use_cache=True, logits_to_keep=LAST,
             )  # fmt: skip
             chosen: list[int] = out.logits[:, -1].float().argmax(-1).tolist()
             for row, token in zip(alive, chosen, strict=True):

@@ -20,7 +20,7 @@ MANTISSA_BITS = {"torch.bfloat16": 7, "torch.float16": 10}
 
 
 class Params(plugins.Params):
-    rows: int = Field(default=50, ge=1, description="how many probes")
+    rows: int = Field(default=50, ge=1, le=500, description="how many test rows to ask; all, if fewer")
 
 
 def check(params: Params, evidence: Evidence) -> Verdict:

@@ -1,6 +1,6 @@
 """The HTTP door: OpenAI's chat API over the service, bound to this machine and closed by a key.
 
-`serve` is the whole of it for callers; what the door takes in is in `chat`, how it answers in `exchange`.
+This module is what the command line calls; nothing heavy is imported before it serves.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 
+def _quiet(ready: dict[str, Any]) -> None:
+    del ready
+
+
 def serve(
     *,
     home: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8321,
     key: str | None = None,
-    announce: Callable[[dict[str, Any]], None] = lambda ready: None,
+    announce: Callable[[dict[str, Any]], None] = _quiet,
 ) -> None:
-    """Serve every release until SIGTERM or Ctrl-C. Promotions and rollbacks are followed at once.
+    """Serve the releases of a home until SIGTERM or Ctrl-C, following alias moves at once.
 
-    port:     0 takes a free one.
-    key:      what clients must send as a bearer token; without one a new key is made.
-    announce: called with {"url", "key"} once requests will be answered.
+    `announce({"url", "key"})` is called when requests will be answered. Port 0 takes a free one; without
+    a `key` a new one is made, and known to nobody but who hears the announcement.
     """
     from luthier.home import Home
     from luthier.http import server
     from luthier.store import Store
 
     opened = Home.at(home)
-    server.serve(Store.open(opened.database), opened, server.Door(host=host, port=port, key=key), announce)
+    server.serve(Store.open(opened.path), opened, server.Door(host, port, key), announce)

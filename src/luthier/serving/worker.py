@@ -86,7 +86,7 @@ class Counts:
     waiting: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Line:
     """A request under way: its events go to `sink`, on the worker's thread."""
 
@@ -206,29 +206,33 @@ class Worker:
 
     def _step(self, line: _Line) -> None:
         """One token for one answer. Whatever goes wrong stays within this request."""
+        last: Event | None = None
         try:
             if line.stream is None:
                 line.stream = self._begin(line.ask)
-            token = next(line.stream, None)
-            ended = None if token is None else self._say(line, token)
+            ended = self._say(line, next(line.stream, None))
+            if ended is not None:
+                last = End(ended, line.ask.text.close())
         except LuthierError as error:
-            self._leave(line, Failed(error))
+            last = Failed(error)
         except Exception as error:
             log.exception("release %s: the engine failed", line.ask.target.release_digest[:12])
-            self._leave(line, Failed(EngineFailed(f"the engine failed ({type(error).__name__})")))
-        else:
-            if token is None or line.tokens >= line.ask.sampling.max_new_tokens:
-                ended = ended or Reason.LENGTH
-            if ended is not None:
-                self._leave(line, End(ended, line.ask.text.close()))
+            last = Failed(EngineFailed(f"the engine failed ({type(error).__name__})"))
+        if last is not None:
+            self._leave(line, last)
 
-    def _say(self, line: _Line, token: int) -> Reason | None:
+    def _say(self, line: _Line, token: int | None) -> Reason | None:
+        """Tell what a token says, and whether it was the last."""
+        if token is None:
+            return Reason.LENGTH
         line.tokens += 1
         if token in line.ask.stop_ids:
             self._tell(line, Said(token, ""))
             return Reason.STOP
         self._tell(line, Said(token, line.ask.text.push(token)))
-        return Reason.STOP if line.ask.text.stopped else None
+        if line.ask.text.stopped:
+            return Reason.STOP
+        return Reason.LENGTH if line.tokens >= line.ask.sampling.max_new_tokens else None
 
     def _leave(self, line: _Line, event: Event) -> None:
         """The place is free before the last event is told, so whoever hears it can ask again."""

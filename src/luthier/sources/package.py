@@ -115,9 +115,10 @@ def _watch(pip: subprocess.Popen[bytes], folder: Path, params: Params, tell: Tel
     """Wait for pip; give up when nothing has arrived for `STALL_S`."""
     seen, since_s = -1, time.monotonic()
     while pip.poll() is None:
-        arrived = _bytes_below(folder)
-        if arrived != seen:
-            seen, since_s = arrived, time.monotonic()
+        sizes = _sizes_below(folder)
+        arrived = max(sizes, default=0)  # pip keeps a second copy for its own cache; the largest is the wheel
+        if sum(sizes) != seen:
+            seen, since_s = sum(sizes), time.monotonic()
         elif time.monotonic() - since_s > STALL_S:
             raise FetchError(
                 f"nothing arrived for {STALL_S:.0f} s; the download was stopped",
@@ -131,15 +132,15 @@ def _watch(pip: subprocess.Popen[bytes], folder: Path, params: Params, tell: Tel
             continue
 
 
-def _bytes_below(folder: Path) -> int:
-    total = 0
+def _sizes_below(folder: Path) -> list[int]:
+    sizes = []
     for base, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.stat(os.path.join(base, name)).st_size
+                sizes.append(os.stat(os.path.join(base, name)).st_size)
             except FileNotFoundError:  # pip moved it meanwhile
                 continue
-    return total
+    return sizes
 
 
 def _pip_failed(params: Params, log: str) -> FetchError:

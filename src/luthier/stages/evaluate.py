@@ -25,7 +25,7 @@ from luthier.baselines import Baseline, Task
 from luthier.engine import memory
 from luthier.engine.generate import Runtime, Sampling
 from luthier.engine.score import likelihood
-from luthier.errors import DataError
+from luthier.errors import DataError, Interrupted
 from luthier.rows import Chat, Message, chat
 from luthier.stages import Event, Inputs
 
@@ -63,11 +63,13 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     memory.forget_peak()
     base, adapter = inputs.artefacts["model"] / "base", inputs.artefacts["train"] / "adapter"
     rows = _sample(_rows(inputs, "test"), section.rows, inputs.seed)
-    inputs.tell(Event("evaluate", "loading the model", 0, len(rows)))
+    _answerable(rows, section.labels)
+    tell = _heeding(inputs)
+    tell(Event("evaluate", "loading the model", 0, len(rows)))
     tokenizer = template.load_tokenizer(base)
     runtime = Runtime.load(base)
     runtime.add(TUNED, adapter)
-    exam = Exam(runtime, tokenizer, template.stop_ids(tokenizer), rows, section, inputs.tell)
+    exam = Exam(runtime, tokenizer, template.stop_ids(tokenizer), rows, section, tell)
     prompts = [row.prompt for row in rows]
     texts = {
         "base": exam.answer(prompts, None, "base model"),
@@ -78,13 +80,16 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         "base": {"note": "the untouched base, asked as the tuned model is"},
         TUNED: {"note": "the base under the trained adapter"},
     }
+    fitted_s = {}
     for part in section.baselines:
+        began = time.monotonic()
         found = _baseline(part, exam, inputs)
+        fitted_s[part.name] = round(time.monotonic() - began, 3)
         said[part.name] = found.said
         notes[part.name] = {"note": found.note, **found.chosen}
     card = _scorecard(exam, said, notes)
     card["loss"], card["perplexity"] = _likelihoods(exam)
-    efficiency = _efficiency(exam, base, adapter, inputs.seed)
+    efficiency = _efficiency(exam, base, adapter, inputs.seed) | {"baseline_seconds": fitted_s}
     artifacts.write_json(out / "scorecard.json", card)
     artifacts.write_jsonl(out / "samples.jsonl", _samples(rows, texts, said))
     (out / "observed").mkdir(exist_ok=True)
@@ -93,12 +98,14 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
 
 
 def read(text: str, labels: Sequence[str]) -> str | None:
-    """The first label that stands in `text` as a word of its own, whatever its case."""
+    """The first label that stands in `text` as a word of its own, whatever its case.
+
+    Of two labels that begin at the same place, such as `safe` and `safe mode`, the longer is meant.
+    """
     if not labels:
         return text.strip() or None
-    found = re.search(
-        rf"(?<!\w)({'|'.join(re.escape(label) for label in labels)})(?!\w)", text, re.IGNORECASE
-    )
+    names = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    found = re.search(rf"(?<!\w)({names})(?!\w)", text, re.IGNORECASE)
     return next((label for label in labels if found and label.lower() == found[0].lower()), None)
 
 
@@ -115,6 +122,28 @@ def _sample(rows: list[Chat], count: int | None, seed: int) -> list[Chat]:
     if count is None or count >= len(rows):
         return rows
     return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), count))]
+
+
+def _answerable(rows: Sequence[Chat], labels: Sequence[str]) -> None:
+    """A row whose right answer is no label could only be failed; say so before minutes are spent."""
+    odd = next((row for row in rows if labels and row.answer.strip() not in labels), None)
+    if odd is not None:
+        raise DataError(
+            f"the right answer {odd.answer!r} is not one of evaluate.labels {list(labels)}",
+            where=odd.where,
+            hint="add it to `evaluate.labels`, or map it with `values` in the source",
+        )
+
+
+def _heeding(inputs: Inputs) -> Callable[[Event], None]:
+    """`tell`, which is called every few seconds, and so is where a wish to stop is heard."""
+
+    def tell(event: Event) -> None:
+        if inputs.stopping():
+            raise Interrupted("stopped while evaluating", hint="the same command evaluates again")
+        inputs.tell(event)
+
+    return tell
 
 
 def _progress(tell: Callable[[Event], None], who: str) -> Callable[[int, int], None]:
@@ -146,7 +175,7 @@ def _baseline(part: Any, exam: Exam, inputs: Inputs) -> Baseline:
 def _scorecard(
     exam: Exam, said: dict[str, list[str | None]], notes: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    gold = [row.answer for row in exam.rows]
+    gold = [row.answer.strip() for row in exam.rows]
     systems = {}
     for name, answers in said.items():
         scores = asdict(statistics.scores(gold, answers, exam.section.positive))
@@ -224,7 +253,7 @@ def _samples(
             "prompt": row.prompt[-1].content,
             "answers": {name: answers[n] for name, answers in texts.items()},
             "said": {name: answers[n] for name, answers in said.items()},
-            "correct": {name: answers[n] == row.answer for name, answers in said.items()},
+            "correct": {name: answers[n] == row.answer.strip() for name, answers in said.items()},
         }
         for n, row in enumerate(rows)
     ]

@@ -19,7 +19,7 @@ import torch
 
 from luthier import artifacts, cards, template
 from luthier.engine.generate import Runtime, Sampling
-from luthier.errors import LuthierError
+from luthier.errors import Interrupted, LuthierError
 from luthier.gates import Evidence, Verdict
 from luthier.rows import chat
 from luthier.stages import Event, Inputs
@@ -29,6 +29,7 @@ VERSION = 1
 NEEDS = ("data", "model", "plan", "train", "evaluate")
 WANTS_CHAMPION = True
 NAMED = True
+PROBES = 500  # the most any gate may ask for
 REHEARSAL = 20  # probes answered whatever the gates ask for
 
 
@@ -40,6 +41,7 @@ class Rehearsal:
         self.adapter = inputs.digests["train"]
         self.runtime.add(self.adapter, inputs.artefacts["train"] / "adapter")
         self.model, self.stop_ids, self.max_new_tokens = f"{inputs.name}@rehearsal", stop_ids, max_new_tokens
+        self.stopping = inputs.stopping
         self.answers: dict[tuple[int, ...], list[int]] = {}
         self.log: list[RequestRecord] = []
 
@@ -48,6 +50,8 @@ class Rehearsal:
         known = self.answers.get(tuple(prompt))
         if known is not None:
             return known
+        if self.stopping():
+            raise Interrupted("stopped while rehearsing", hint="the same command rehearses again")
         began, first, tokens = time.perf_counter(), None, []
         for token in self.runtime.stream(prompt, Sampling(self.max_new_tokens), self.adapter, self.stop_ids):
             first = time.perf_counter() - began if first is None else first
@@ -103,7 +107,7 @@ def _evidence(inputs: Inputs) -> tuple[Evidence, Rehearsal]:
     rows = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / "test.jsonl")
     random.Random(inputs.seed).shuffle(rows)
     probes = [
-        template.prompt_ids(tokenizer, chat(row["messages"], row["where"]).prompt) for row in rows[:500]
+        template.prompt_ids(tokenizer, chat(row["messages"], row["where"]).prompt) for row in rows[:PROBES]
     ]
     card = artifacts.read_json(evaluate / "scorecard.json")
     longest = int(card["max_new_tokens"])
@@ -131,6 +135,8 @@ def _correct(folder: Path) -> dict[str, dict[str, bool]]:
 def _judge(part: Any, evidence: Evidence) -> dict[str, Any]:
     try:
         verdict: Verdict = part.module.check(part.params, evidence)
+    except Interrupted:
+        raise
     except (
         LuthierError,
         ArithmeticError,

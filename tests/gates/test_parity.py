@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from luthier.engine.generate import Runtime, Sampling
+from luthier.gates import Evidence
+from luthier.gates.parity import Params, _tie, check
+from tests.engine.test_generate import make_adapter
+from tests.gates.evidence import evidence
+from tests.tiny import make_tiny_base
+
+STOP = frozenset({2})
+PROBES = [[1, 5 + n, 60, 7, 88 - n, 9] for n in range(8)]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def candidate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    root = tmp_path_factory.mktemp(request.param)
+    base = make_tiny_base(root / "base", dtype=request.param)
+    adapter = make_adapter(base, root / "adapter", seed=4)
+    runtime = Runtime.load(base)
+    runtime.add("aaaa", adapter)
+    return evidence(
+        adapter=adapter, base=base, probes=PROBES, stop_ids=STOP, max_new_tokens=12,
+        serve=lambda prompt: list(runtime.stream(prompt, Sampling(12), "aaaa", STOP)),
+    )  # fmt: skip
+
+
+def changed(candidate: Evidence, **changes: object) -> Evidence:
+    return replace(candidate, **changes)  # type: ignore[arg-type]
+
+
+def test_the_serving_engine_says_what_a_stranger_gets(candidate: Evidence) -> None:
+    verdict = check(Params(rows=8), candidate)
+    assert verdict.passed, verdict
+    assert verdict.evidence == {"probes": 8, "excused_ties": [], "differing": []}
+
+
+def test_another_adapter_than_the_saved_one_is_found_out(candidate: Evidence, tmp_path: Path) -> None:
+    runtime = Runtime.load(candidate.base)
+    other = make_adapter(candidate.base, tmp_path / "other", seed=5)
+    runtime.add("bbbb", other)
+    served = changed(candidate, serve=lambda prompt: list(runtime.stream(prompt, Sampling(12), "bbbb", STOP)))
+    verdict = check(Params(rows=8), served)
+    assert not verdict.passed and "differ from plain transformers" in verdict.reason
+    assert verdict.evidence["differing"][0]["served"] != verdict.evidence["differing"][0]["stranger"]
+
+
+@pytest.mark.parametrize("cut", [lambda said: said[:-1], lambda said: [*said, 7]], ids=["shorter", "longer"])
+def test_an_answer_of_another_length_is_a_difference(candidate: Evidence, cut: object) -> None:
+    served = changed(candidate, serve=lambda prompt: cut(candidate.serve(prompt)))  # type: ignore[operator]
+    assert not check(Params(rows=4), served).passed
+
+
+def test_nothing_to_ask_is_missing_evidence(candidate: Evidence) -> None:
+    assert not check(Params(), changed(candidate, probes=[])).passed
+
+
+def test_only_a_rounding_step_between_the_best_two_logits_is_a_tie() -> None:
+    assert _tie([16.0, 15.875], 7) and _tie([-3.0, -3.015625], 7) and _tie([16.0, 16.0], 7)
+    assert not _tie([16.0, 15.75], 7)
+    assert not _tie([16.0, 16.0], None)
+
+
+def test_a_stranger_needs_nothing_of_the_engine() -> None:
+    code = (
+        "import sys, luthier.gates.parity\n"
+        "assert not {m for m in sys.modules if m.startswith(('luthier.engine', 'torch', 'transformers'))}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
