@@ -6,6 +6,7 @@ Functions take plain values and return plain values or frozen records; they prin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from luthier import artifacts, pipeline, plugins, recipe_file
 from luthier.errors import LuthierError, NotFound, RecipeError, StoreError
 from luthier.home import Home
 from luthier.pipeline import Outcome, Place, Stop, Tell
-from luthier.recipe import Recipe
+from luthier.recipe import ALIAS, Recipe
 from luthier.store import ReleaseRecord, Store
 
 Homeish = str | Path | None
@@ -153,6 +154,8 @@ def promote(
     home: Homeish = None,
 ) -> dict[str, Any]:
     """Move an alias onto a release: one row. `model` is NAME (its `staging`), NAME@ALIAS or NAME@DIGEST."""
+    if not re.fullmatch(ALIAS, to) or re.fullmatch(r"[0-9a-f]{12,}", to):
+        raise RecipeError(f"{to!r} cannot be an alias", hint="lower-case letters, digits and -, not a digest")
     place = _place(home)
     record = find_release(model if "@" in model else f"{model}@staging", place.store)
     if not record.accepted:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from luthier.plugins import Part, choice
 
 Text = Annotated[str, Field(min_length=1)]
+ALIAS = r"^[a-z][a-z0-9-]{0,30}$"
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -123,10 +124,8 @@ class Evaluate(Section):
 
 class Release(Section):
     gates: tuple[choice("gates"), ...] = Field(min_length=1)  # type: ignore[valid-type]
-    alias: Text = Field(
-        default="staging", pattern=r"^[a-z][a-z0-9-]{0,30}$", description="moves when all gates pass"
-    )
-    champion: Text = Field(default="production", pattern=r"^[a-z][a-z0-9-]{0,30}$")
+    alias: Text = Field(default="staging", pattern=ALIAS, description="moves when all gates pass")
+    champion: Text = Field(default="production", pattern=ALIAS)
     intended_use: Text
     limits: Text = Field(description="what the model must not be trusted with; printed on its card")
 

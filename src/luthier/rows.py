@@ -93,7 +93,7 @@ def _message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError("a message must be an object with `role` and `content`", where=where)
     role, content = message.get("role"), message.get("content")
-    if role not in set(Role):
+    if not isinstance(role, str) or role not in set(Role):
         raise DataError(f"unknown role {role!r}", where=where, hint=f"known roles: {', '.join(Role)}")
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"the {role} message is empty or not text", where=where)

@@ -15,7 +15,7 @@ def rows(seed: int, count: int, answers: tuple[str, str] = ("injection", "safe")
     draw = random.Random(seed)
     made = []
     for n in range(count):
-        words = draw.choices("alpha beta gamma delta epsilon".split(), k=6)
+        words = draw.choices(["alpha", "beta", "gamma", "delta", "epsilon"], k=6)
         words[draw.randrange(6)] = "ignore" if n % 2 else "please"
         turns = [("user", " ".join(words)), ("assistant", answers[0] if n % 2 else answers[1])]
         made.append(chat([{"role": role, "content": text} for role, text in turns], f"{seed}:{n}"))

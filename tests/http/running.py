@@ -1,7 +1,7 @@
 """Servers for tests: one in a process of its own, one in a thread; and a second process that moves aliases.
 
-python -m tests.http.running serve HOME PORT    announces itself on stdout, as `luthier serve --json` does
-    python -m tests.http.running flip HOME STOP     until STOP exists; a line a move: before, after, digest
+python -m tests.http.running serve HOME PORT    announces itself as `luthier serve --json` does
+python -m tests.http.running flip HOME STOP     until STOP exists; a line a move: before, after, digest
 """
 
 from __future__ import annotations
@@ -52,18 +52,20 @@ def command(*words: object) -> list[str]:
 def spawn(home: Path, port: int = 0) -> tuple[subprocess.Popen[str], Client]:
     """A server in its own process, ready to answer."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        command("serve", home, port),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stderr is not None
+    said = home / "server.stderr"
+    with open(said, "a", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command("serve", home, port),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise AssertionError(process.stderr.read()[-3000:])
+        raise AssertionError(said.read_text("utf-8")[-3000:])
     return process, Client(**json.loads(line))
 
 

@@ -4,3 +4,9 @@
 log-probabilities, `base` loads a model and proves all this on it, `loop` descends, `checkpoint` survives,
 `memory` and `host` say what fits, `generate` answers. Read them in that order.
 """
+
+import warnings
+
+# Two libraries speak to their own developers here; a user can do nothing about either.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message="Could not find a config file in luthier:base", category=UserWarning)
