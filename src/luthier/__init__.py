@@ -9,7 +9,13 @@ The public names below load what they need when first used, so importing luthier
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Torch's threads wait for each other by spinning. On a machine with other work a spinning thread keeps the
+# very core from the one it waits for, and training slows tenfold (docs/LOG.md, 2026-11-22). Spin briefly.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 if TYPE_CHECKING:
     from luthier.api import (

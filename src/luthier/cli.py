@@ -182,9 +182,7 @@ def _run(until: str, recipe: Path, overrides: list[str] | None, home: Path | Non
 
         stop = Stop()
         with _signals(stop), Watch(errors) as watch:
-            outcome = api.run(
-                recipe, set=overrides or [], home=home, until=until, tell=watch.tell, stop=stop
-            )
+            outcome = api.run(recipe, set=overrides or [], home=home, until=until, tell=watch.tell, stop=stop)
         if as_json:
             print(json.dumps(api.describe(outcome)), flush=True)
         else:

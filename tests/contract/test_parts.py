@@ -33,7 +33,7 @@ def test_a_part_offers_what_its_family_promises(family: str, name: str) -> None:
 def test_a_parts_params_are_frozen_and_refuse_unknown_keys(family: str, name: str) -> None:
     params = plugins.load(family, name).Params
     assert params.model_config["frozen"] and params.model_config["extra"] == "forbid"
-    with pytest.raises(ValidationError, match="extra_forbidden|Extra inputs"):
+    with pytest.raises(ValidationError, match="Extra inputs"):
         params.model_validate({"no_such_setting": 1})
 
 

@@ -36,5 +36,7 @@ def test_the_guard_recipe_runs_cut_short_on_real_rows_and_the_real_base(tmp_path
     assert facts["rows"]["train"] > 11_000 and facts["rows"]["test"] == 2_101
     assert said["stages"]["evaluate"]["facts"]["rows"] == 40
     assert said["stages"]["evaluate"]["facts"]["systems"]["tfidf"]["accuracy"] > 0.8
-    verdicts = {verdict["gate"]: verdict["passed"] for verdict in said["stages"]["release"]["facts"]["verdicts"]}
+    verdicts = {
+        verdict["gate"]: verdict["passed"] for verdict in said["stages"]["release"]["facts"]["verdicts"]
+    }
     assert verdicts == {"compatibility": True, "parity": True, "model card": True}

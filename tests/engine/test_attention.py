@@ -21,7 +21,9 @@ from tests.engine.tiny_families import FAMILIES, SMALL, make
 def rows(lengths: tuple[int, ...], seed: int = 0) -> list[Encoded]:
     draw = random.Random(seed)
     return [
-        Encoded(tuple(draw.randrange(1, 97) for _ in range(n)), tuple(at >= n // 3 for at in range(n)), f"r{n}")
+        Encoded(
+            tuple(draw.randrange(1, 97) for _ in range(n)), tuple(at >= n // 3 for at in range(n)), f"r{n}"
+        )
         for n in lengths
     ]
 
@@ -37,7 +39,9 @@ def alone(model: Any, documents: list[Encoded]) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("lengths", [(17, 9, 9, 9, 4, 2), (270, 270, 258, 140, 100, 7)], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "lengths", [(17, 9, 9, 9, 4, 2), (270, 270, 258, 140, 100, 7)], ids=["short", "long"]
+)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_packed_log_probabilities_and_gradients_are_the_unpacked_ones(
     family: str, lengths: tuple[int, ...]

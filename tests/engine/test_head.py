@@ -1,4 +1,4 @@
-"""`token_logps` is the plain log softmax, whatever the tile; `prove` tells a model it knows from one it does not."""
+"""`token_logps` is the plain log softmax, whatever the tile; `prove` knows which models it may trust."""
 
 from __future__ import annotations
 

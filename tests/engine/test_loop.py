@@ -33,7 +33,9 @@ def loader(micro_tokens: int = 1000, batch_rows: int = 5) -> batch.Loader:
     return batch.Loader(tuple(row.id for row in ROWS), dict(enumerate(ROWS)), batch_rows, micro_tokens, 3)
 
 
-def run(folder: Path, micro_tokens: int = 1000, **how: Any) -> tuple[list[loop.Step], dict[str, torch.Tensor]]:
+def run(
+    folder: Path, micro_tokens: int = 1000, **how: Any
+) -> tuple[list[loop.Step], dict[str, torch.Tensor]]:
     model = model_of(folder, **how)
     adam = loop.optimiser(model, SETTINGS)
     steps = list(loop.train(model, loader(micro_tokens), OBJECTIVE, adam, SETTINGS))
@@ -161,9 +163,7 @@ def test_a_step_without_a_learnt_token_is_refused_by_row(tiny_base: Path) -> Non
     silent = batch.collate([Encoded((1, 2, 3), (False, False, False), "quiet")])
     model = model_of(tiny_base)
     with pytest.raises(TrainError, match="quiet"):
-        next(
-            loop.train(model, lambda step: (silent,), OBJECTIVE, loop.optimiser(model, SETTINGS), SETTINGS)
-        )
+        next(loop.train(model, lambda step: (silent,), OBJECTIVE, loop.optimiser(model, SETTINGS), SETTINGS))
 
 
 def test_a_silent_row_among_others_changes_nothing(tiny_base: Path) -> None:

@@ -39,7 +39,9 @@ def test_the_engine_gives_the_curve_of_the_flat_example(tiny_base: Path, micro_t
     tokenizer = template.load_tokenizer(tiny_base)
     rows = template.encode_all(tokenizer, [chat(row["messages"], row["where"]) for row in found])
     settings = loop.Settings(steps=12, lr=flat.LR, seed=flat.SEED, warmup=flat.WARMUP, clip=flat.CLIP)
-    model = lora.attach(base.load(tiny_base, "float32"), lora.Params(r=flat.RANK, alpha=flat.ALPHA), flat.SEED)
+    model = lora.attach(
+        base.load(tiny_base, "float32"), lora.Params(r=flat.RANK, alpha=flat.ALPHA), flat.SEED
+    )
     loader = batch.Loader(
         tuple(row.id for row in rows), dict(enumerate(rows)), flat.ROWS_PER_STEP, micro_tokens, flat.SEED
     )

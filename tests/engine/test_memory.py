@@ -17,7 +17,13 @@ SHAPE = memory.Shape(2, 64, 4, 2, 16, 128, 300, 100_000, 2)
 def test_a_shape_is_read_from_any_family() -> None:
     for make in FAMILIES.values():
         shape = memory.Shape.of(make(), 10, 2)
-        assert (shape.layers, shape.width, shape.inner, shape.kv_heads, shape.vocabulary) == (2, 32, 48, 2, 97)
+        assert (shape.layers, shape.width, shape.inner, shape.kv_heads, shape.vocabulary) == (
+            2,
+            32,
+            48,
+            2,
+            97,
+        )
 
 
 def test_a_forecast_is_the_sum_of_its_kinds() -> None:

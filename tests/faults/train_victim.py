@@ -43,7 +43,7 @@ def inputs(folder: Path) -> Inputs:
 
 
 def training(folder: Path) -> None:
-    """The train stage in `folder`, which holds a planned world; the digest of what it leaves goes to a file."""
+    """The train stage in `folder`, a planned world; the digest of what it leaves goes to a file."""
     torch.set_num_threads(1)
     (folder / "scratch").mkdir(exist_ok=True)
     (folder / "out").mkdir(exist_ok=True)

@@ -64,7 +64,13 @@ def test_trainable_weights_follow_the_closed_form(tiny_base: Path, targets: Any)
     params = lora.Params(r=6, targets=targets)
     per_layer = {"q_proj": 64 + 64, "v_proj": 64 + 32}
     if targets == "all-linear":
-        per_layer |= {"k_proj": 64 + 32, "o_proj": 64 + 64, "gate": 64 + 128, "up": 64 + 128, "down": 128 + 64}
+        per_layer |= {
+            "k_proj": 64 + 32,
+            "o_proj": 64 + 64,
+            "gate": 64 + 128,
+            "up": 64 + 128,
+            "down": 128 + 64,
+        }
     expected = 2 * 6 * sum(per_layer.values())
     found = lora.report(attached(tiny_base, params))
     assert found["trainable_parameters"] == expected == lora.trainable(base.outline(tiny_base), params)

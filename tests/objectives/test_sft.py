@@ -26,6 +26,6 @@ def test_sft_slope_is_minus_one_for_every_answer_token() -> None:
 
 
 def test_sft_has_no_knobs_and_needs_nothing() -> None:
-    assert plugins.load("objectives", "sft") is sft and sft.NEEDS == frozenset() and sft.ROWS == "Chat"
+    assert plugins.load("objectives", "sft") is sft and frozenset() == sft.NEEDS and sft.ROWS == "Chat"
     with pytest.raises(ValidationError):
         sft.Params.model_validate({"beta": 0.1})

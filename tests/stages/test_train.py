@@ -121,9 +121,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
 ) -> None:
     events: list[Event] = []
     with pytest.raises(Interrupted):
-        run(
-            replace(planned, tell=events.append, stopping=lambda: any(e.done == 7 for e in events)), tmp_path
-        )
+        run(replace(planned, tell=events.append, stopping=lambda: any(e.done == 7 for e in events)), tmp_path)
     torn = tmp_path / "scratch" / "checkpoints" / "step-00000007" / "tensors.safetensors"
     torn.write_bytes(torn.read_bytes()[:-7])
     said: list[str] = []
@@ -133,9 +131,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     assert digest == whole[1]
 
 
-def test_early_stopping_keeps_the_best_adapter_even_when_resumed(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_early_stopping_keeps_the_best_adapter_even_when_resumed(tiny_base: Path, tmp_path: Path) -> None:
     hot = {"lr": 1.0, "schedule": "constant", "warmup": 0.0, "steps": 60, "clip": 1e9}
     hot["validation"] = {"every": 2, "rows": 6, "patience": 2}
     inputs = with_plan(world(tmp_path, tiny_base), tmp_path, **hot)

@@ -55,7 +55,7 @@ class Documents:
 
     @staticmethod
     def of(lengths_D: Sequence[int]) -> Documents:
-        """Group neighbours: short ones while none is less than half as long as the longest, long ones if equal."""
+        """Group neighbours: short ones unless one is more than twice another, long ones if equal."""
         runs: list[list[int]] = []
         for length in lengths_D:
             like = runs and (
@@ -115,7 +115,7 @@ def attend(
     for group in documents.groups:
         if group.length <= SHORT and not dropout:
             mask = _hidden(group.length, window, query.device)
-            part = _Short.apply(query[0], key[0], value[0], group, mask, scale)  # type: ignore[no-untyped-call]
+            part = _Short.apply(query[0], key[0], value[0], group, (mask, scale))  # type: ignore[no-untyped-call]
         else:
             part = _long(query[0], key[0], value[0], group, (window, dropout or 0.0, scale))
         parts.append(part)
@@ -134,8 +134,9 @@ class _Short(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, group: Group, mask_LL: Tensor, scale: float
+        ctx: Any, q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, group: Group, how: tuple[Tensor, float]
     ) -> Tensor:
+        mask_LL, scale = how
         q, k, v = (_spread(x, group, k_KTE.shape[0]) for x in (q_HTE, k_KTE, v_KTE))
         scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
         scores.view(len(q), -1, *mask_LL.shape).masked_fill_(mask_LL, -torch.inf)
@@ -165,7 +166,7 @@ class _Short(torch.autograd.Function):
             whole = found.new_zeros(tokens, count, found.shape[-1])
             whole[group.start : group.start + group.tokens] = _gather(found, group, count)
             sent.append(whole.transpose(0, 1))
-        return *sent, None, None, None
+        return *sent, None, None
 
 
 def _spread(x_HTE: Tensor, group: Group, kv_heads: int) -> Tensor:
@@ -193,10 +194,13 @@ def _long(
     narrow = window is not None and window < group.length
 
     def cut(x_HTE: Tensor) -> Tensor:
-        return x_HTE.index_select(1, group.spread_P).view(-1, group.documents, group.length, x_HTE.shape[-1])
+        x_HDLE = x_HTE.index_select(1, group.spread_P).view(
+            -1, group.documents, group.length, x_HTE.shape[-1]
+        )
+        return x_HDLE.transpose(0, 1)
 
     out_DHLE = scaled_dot_product_attention(
-        *(cut(x).transpose(0, 1) for x in (q_HTE, k_HTE, v_HTE)),
+        cut(q_HTE), cut(k_HTE), cut(v_HTE),
         attn_mask=~_hidden(group.length, window, q_HTE.device) if narrow else None,
         dropout_p=dropout, is_causal=not narrow, scale=scale, enable_gqa=q_HTE.shape[0] != k_HTE.shape[0],
     )  # fmt: skip

@@ -61,6 +61,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     torch.set_num_threads(threads)
     inputs.tell(Event("plan", "timing a few real micro-batches"))
     pace, gap = _pace(phase, inputs, work, dtype)
+    memory.release()
     tokens = sum(len(row.ids) for step in _steps(work) for row in step)
     minutes = _minutes(phase, work, tokens, pace)
     if budget.minutes is not None and minutes > budget.minutes:
@@ -74,7 +75,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         "threads": threads, "dtype": dtype, "micro_tokens": micro_tokens, "largest_micro_batch": largest,
     }  # fmt: skip
     artifacts.write_json(out / "plan.json", decisions)
-    predicted = {"peak_gb": round(forecast.total / 1e9, 3), "minutes": round(minutes, 2)}
+    predicted = {"peak_gb": round(forecast.total / 1e9, 3), "minutes": round(minutes, 4)}
     seen = {
         "bytes": forecast.as_dict(), "budget_gb": round(allowed / 1e9, 3), "packing_gap": gap,
         "tokens_per_s": round(pace[0], 1), "validation_tokens_per_s": round(pace[1], 1),

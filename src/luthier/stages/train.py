@@ -78,6 +78,7 @@ class Progress:
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
     torch.set_num_threads(plan["threads"])
+    memory.release()
     memory.forget_peak()
     work = _prepare(section[0], plan, inputs)
     progress = _resume(work)
@@ -265,7 +266,7 @@ def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path)
         "tokens_per_s": round(outcome["useful_tokens"] / step_seconds, 1) if step_seconds else 0.0,
         "peak_rss_bytes": progress.peak_rss_bytes,
         "peak_gb": round(progress.peak_rss_bytes / 1e9, 3),
-        "minutes": round(progress.seconds / 60, 2),
+        "minutes": round(progress.seconds / 60, 4),
     }
     machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": plan["threads"]}
     artifacts.write_json(out / "observed" / "host.json", machine | observed)
