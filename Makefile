@@ -31,7 +31,7 @@ check: $(STAMP)  ## what one runs all day: lint, types, import rules, house test
 	$(BIN)/python -m pytest tests/house
 
 test: check      ## everything CI runs
-	$(BIN)/python -m pytest tests --ignore=tests/house
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/house --numprocesses 2 --dist loadscope
 
 quick: $(STAMP)  ## the tests that take seconds
 	$(BIN)/python -m pytest tests -m 'not slow' -x

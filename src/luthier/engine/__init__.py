@@ -10,5 +10,5 @@ import warnings
 # Two libraries speak to their own developers here; a user can do nothing about either.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 warnings.filterwarnings(
-    "ignore", message="Could not find a config file in luthier:base", category=UserWarning
+    "ignore", message="Could not find a config file in luthier-base:", category=UserWarning
 )

@@ -32,6 +32,7 @@ from luthier.stages import Event, Inputs
 VERSION = 1
 NEEDS = ("data", "model", "plan", "train")
 TUNED = "tuned"
+LIKELIHOOD_ROWS = 500  # a proxy figure; beyond this only its third digit would move
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         said[part.name] = found.said
         notes[part.name] = {"note": found.note, **found.chosen}
     card = _scorecard(exam, said, notes)
-    card["loss"], card["perplexity"] = _likelihoods(exam)
+    card["loss"], card["perplexity"] = _likelihoods(exam, inputs.seed)
     efficiency = _efficiency(exam, base, adapter, inputs.seed) | {"baseline_seconds": fitted_s}
     artifacts.write_json(out / "scorecard.json", card)
     artifacts.write_jsonl(out / "samples.jsonl", _samples(rows, texts, said))
@@ -198,13 +199,15 @@ def _scorecard(
         "labels": list(exam.section.labels),
         "positive": exam.section.positive,
         "max_new_tokens": exam.section.max_new_tokens,
+        "likelihood_rows": min(LIKELIHOOD_ROWS, len(gold)),
         "systems": systems,
         "paired": paired,
     }
 
 
-def _likelihoods(exam: Exam) -> tuple[dict[str, float], dict[str, float | None]]:
-    rows = [(row.ids, row.mask) for row in template.encode_all(exam.tokenizer, exam.rows)]
+def _likelihoods(exam: Exam, seed: int) -> tuple[dict[str, float], dict[str, float | None]]:
+    some = _sample(list(exam.rows), LIKELIHOOD_ROWS, seed)
+    rows = [(row.ids, row.mask) for row in template.encode_all(exam.tokenizer, some)]
     found = {
         name: likelihood(exam.runtime, rows, adapter, _progress(exam.tell, f"likelihood, {name}"))
         for name, adapter in (("base", None), (TUNED, TUNED))
