@@ -98,8 +98,8 @@ def serve_and_flip(first: str) -> None:
         for message in (INJECTION, HARMLESS):
             said, release = ask(service, message)
             console.print(f"  {message!r}\n    → [bold]{said}[/]   (release {release[:12]})", highlight=False)
-        console.print("\nA second release, with a stricter gate; only the release stage runs again:")
-        second = luthier("run", str(RECIPE), "--set", "release.gates.0.minimum=0.945")["release"]
+        console.print("\nA second release, judged by another threshold; only the release stage runs again:")
+        second = luthier("run", str(RECIPE), "--set", "release.gates.0.minimum=0.935")["release"]
         luthier("promote", f"guard@{second[:12]}")
         flip(service, "promoted", second)
         began = time.monotonic()
