@@ -6,7 +6,7 @@ that scores at least as high opens it. This module does not know HTML.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from luthier.report.folders import Record, ReportInput, mapping, records
@@ -52,6 +52,9 @@ class Outcome:
     sentence: str
     caveat: str | None
     caveat_first: bool
+
+
+UNTUNED = {"base": "base", "best_prompt": "the base’s best prompt"}
 
 
 def system_name(key: str) -> str:
@@ -111,12 +114,13 @@ def _comparison(record: ReportInput) -> tuple[str, str | None, bool]:
     tuned = found.get("tuned")
     if tuned is None:
         return "", None, False
-    base = found.get("base", {})
+    key = untuned(found)
+    base = found.get(key, {})
     rows = count(record.scorecard.get("rows"))
-    pair = mapping(mapping(record.scorecard.get("paired")).get("tuned_vs_base"))
+    pair = mapping(mapping(record.scorecard.get("paired")).get(f"tuned_vs_{key}"))
     before = f"{percent(base['accuracy'])} → " if base else ""
     within = f"95 % interval {interval(tuned.get('low'), tuned.get('high'))}"
-    against = f", {p_value(pair.get('p'))} against base" if pair else ""
+    against = f", {p_value(pair.get('p'))} against {UNTUNED[key]}" if pair else ""
     sentence = f"Accuracy {before}{percent(tuned['accuracy'])} on {rows} held-out rows ({within}{against})."
     if base and float(tuned["accuracy"]) <= float(base["accuracy"]):
         sentence += " Tuning did not help."
@@ -124,9 +128,15 @@ def _comparison(record: ReportInput) -> tuple[str, str | None, bool]:
         sentence += " This could be chance."
     sentence += _against_champion(found, float(tuned["accuracy"]))
     caveat, first = _caveat(
-        [(key, entry) for key, entry in found.items() if key not in ("base", "tuned", "champion")], tuned
+        [(name, entry) for name, entry in found.items() if name not in ("base", "tuned", "champion")], tuned
     )
     return sentence, caveat, first
+
+
+def untuned(found: Mapping[str, Record]) -> str:
+    """What tuning is measured against: the base with its best prompt where that is known to be better."""
+    prompted = float(found["best_prompt"]["accuracy"]) if "best_prompt" in found else -1.0
+    return "best_prompt" if prompted >= float(found.get("base", {}).get("accuracy", 0.0)) else "base"
 
 
 def _against_champion(found: dict[str, Record], tuned: float) -> str:
@@ -177,11 +187,11 @@ class Tile:
 def tiles(record: ReportInput) -> list[Tile]:
     """The few figures one looks for first; a figure that was not measured has no tile."""
     found = dict(systems(record))
-    tuned, base = found.get("tuned", {}), found.get("base", {})
+    tuned, base = found.get("tuned", {}), found.get(untuned(found), {})
     train, said = record.facts("train"), []
     if tuned:
         gain = (
-            points(float(tuned["accuracy"]) - float(base["accuracy"])) + " over base"
+            points(float(tuned["accuracy"]) - float(base["accuracy"])) + f" over {UNTUNED[untuned(found)]}"
             if base
             else "held-out rows"
         )
