@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 # Torch's threads wait for each other by spinning. On a machine with other work a spinning thread keeps the
 # very core from the one it waits for, and training slows tenfold (docs/LOG.md, 2026-11-22). Spin briefly.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
     from luthier.api import (
