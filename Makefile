@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export LUTHIER_DEMO_BEGAN := $(shell date +%s)
 
-.PHONY: help setup demo check test quick test-postgres clean
+.PHONY: help setup demo check test quick test-long test-postgres bench bench-quick bench-peers clean
 help:            ## list these commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 18
 
@@ -24,8 +24,8 @@ demo: $(STAMP)   ## train, gate, promote, serve and roll back the prompt-injecti
 	$(BIN)/python examples/demo.py
 
 check: $(STAMP)  ## what one runs all day: lint, types, import rules, house tests (seconds)
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples bench
+	$(BIN)/ruff format --check src tests examples bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/house
@@ -34,10 +34,36 @@ test: check      ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/house --numprocesses 2 --dist loadscope
 
 quick: $(STAMP)  ## the tests that take seconds
-	$(BIN)/python -m pytest tests -m 'not slow' -x
+	$(BIN)/python -m pytest tests -m 'not slow and not long' -x
+
+test-long: $(STAMP) ## what takes too long for every day: 200 kills of one training
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m long
 
 test-postgres: $(STAMP) ## the store's tests on a real PostgreSQL 15, started on loopback
-	$(BIN)/python -m tests.postgres -- tests/test_store.py tests/faults/test_store_faults.py
+	$(BIN)/python -m tests.postgres -- $(BIN)/python -m pytest tests/test_store.py tests/faults/test_store_faults.py
+
+NAME ?= $(shell date +%F)
+RESULTS := bench/results
+bench: $(STAMP) bench-peers ## speed, memory and loss against the rivals (hours; bench/README.md)
+	$(BIN)/python bench/workloads.py bench/.rows
+	$(BIN)/python bench/exact_trl.py bench/.rows $(RESULTS)/$(NAME)-exact.json
+	$(BIN)/python bench/run.py bench/.rows $(RESULTS)/$(NAME)-speed.json
+	$(BIN)/python bench/run.py bench/.rows $(RESULTS)/$(NAME)-ablations.json --systems ablations --workloads chat,equal
+	$(BIN)/python bench/run.py bench/.rows $(RESULTS)/$(NAME)-loss.json --workloads chat --rounds 1 --steps 40 --looks 5
+
+bench-quick: $(STAMP) bench-peers ## the same in minutes, to see that every system runs
+	$(BIN)/python bench/workloads.py bench/.rows
+	$(BIN)/python bench/run.py bench/.rows bench/.rows/quick.json --workloads guard --rounds 1 --steps 3 --warmup 1
+
+PEERS := bench/peers/.venvs
+bench-peers: $(PEERS)/trl/.ready $(PEERS)/llamafactory/.ready $(PEERS)/unsloth/.ready ## the rivals' own environments
+
+# torch first and alone here too, and pinned beside every rival, so that all of them run the same one.
+$(PEERS)/%/.ready: bench/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $$(grep '^torch==' $<)
+	$(@D)/bin/pip install --quiet -r $<
+	touch $@
 
 clean:           ## remove what setup and tests made; the home folder stays
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -127,6 +127,15 @@ def test_a_template_that_does_not_agree_with_serving_blocks_and_prints_tokens(
         assert "'<|im_start|>'" in caught.value.what or "'Ċ'" in caught.value.what
 
 
+def test_a_hostile_template_is_a_named_error_with_the_rows_place(tiny_base: Path, tmp_path: Path) -> None:
+    hostile = ("{% for n in range(10**9) %}a{% endfor %}", "{{ 1 / 0 }}", "{{ ''.__class__.__mro__ }}")
+    for number, text in enumerate(hostile):
+        tokenizer = with_template(tiny_base, tmp_path / str(number), text)
+        with pytest.raises(ModelError, match="chat template refuses") as caught:
+            template.encode(tokenizer, talk("hi", "yes"))
+        assert caught.value.where == "rows.jsonl:7"
+
+
 def test_a_tokenizer_without_a_template_or_without_files_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 # very core from the one it waits for, and training slows tenfold (docs/LOG.md, 2026-11-22). Spin briefly.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# oneDNN keeps 1,024 compiled products, one for every shape it met; packed batches have new shapes at every
+# step, and memory grew by a gigabyte in 200 of them. A step needs about forty.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 if TYPE_CHECKING:
     from luthier.api import (

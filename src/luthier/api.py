@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from luthier import artifacts, pipeline, plugins, recipe_file
+from luthier import artifacts, pipeline
 from luthier.errors import LuthierError, NotFound, RecipeError, StoreError
 from luthier.home import Home
 from luthier.pipeline import Outcome, Place, Stop, Tell
-from luthier.recipe import ALIAS, Recipe
 from luthier.store import ReleaseRecord, Store
+from luthier.store_schema import ALIAS
+
+if TYPE_CHECKING:  # `promote` and `rollback` should not wait for what only runs need
+    from luthier.recipe import Recipe
 
 Homeish = str | Path | None
 
@@ -40,6 +43,9 @@ def run(
     tell:  called with an `Event` for everything worth showing (`tell=print` works).
     Raises a `LuthierError`; `GateRefused` when the model was trained but not released.
     """
+    from luthier import recipe_file
+    from luthier.recipe import Recipe
+
     root = Path.cwd() if isinstance(recipe, Recipe) else Path(recipe).absolute().parent
     if isinstance(recipe, Recipe) and set:
         raise RecipeError(
@@ -127,6 +133,8 @@ def compare(a: str, b: str, *, home: Homeish = None) -> dict[str, Any]:
 def releases(name: str | None = None, *, home: Homeish = None) -> list[dict[str, Any]]:
     """Releases, newest first, with the aliases that stand on each."""
     place = _place(home)
+    if name is not None and name not in place.store.names():
+        raise NotFound(f"no release of {name!r}", hint=_near(name, place.store.names()))
     found = []
     for record in place.store.releases(name):
         aliases = [
@@ -182,7 +190,8 @@ def rollback(
         raise NotFound(f"{name}@{alias} was never set", hint=_near(name, place.store.names()))
     if len(stack) == 1:
         raise NotFound(
-            f"{name}@{alias} has only ever stood on {stack[0][:12]}", hint="there is nothing to go back to"
+            f"{name}@{alias} stands on its first release, {stack[0][:12]}; there is nothing to go back to",
+            hint=f"`luthier releases {name}` lists them all; `luthier promote {name}@DIGEST` moves it to any",
         )
     record = place.store.release(name, stack[-2])
     artifacts.verify(place.home.artifact(record.digest), deep=False)
@@ -218,6 +227,8 @@ def parts() -> dict[str, dict[str, str]]:
     """Every part on every shelf with the first line of its docstring; nothing is imported."""
     import ast
 
+    from luthier import plugins
+
     shelves = Path(plugins.__file__).parent
     found: dict[str, dict[str, str]] = {}
     for family in plugins.FAMILIES:
@@ -231,6 +242,8 @@ def parts() -> dict[str, dict[str, str]]:
 
 def monitor(model: str, *, since: str | None = None, home: Homeish = None) -> dict[str, Any]:
     """Stage 7 on the requests served so far, against the release's own baseline."""
+    from luthier.recipe import Recipe
+
     place = _place(home)
     record = find_release(model if "@" in model else f"{model}@production", place.store)
     recipe = Recipe.model_validate(place.store.run(record.run_id or "").recipe)
@@ -272,6 +285,8 @@ def chat(
 
 
 def _system_prompt(release: ReleaseRecord, store: Store) -> str | None:
+    from luthier.recipe import Recipe
+
     recipe = Recipe.model_validate(store.run(release.run_id or "").recipe)
     prompts = {source.chat.system if source.chat else None for source in recipe.data.sources}
     return prompts.pop() if len(prompts) == 1 else None
@@ -305,6 +320,7 @@ def _move(store: Store, record: ReleaseRecord, alias: str, actor: str, reason: s
         "alias": move.alias,
         "digest": move.digest,
         "previous": move.previous,
+        "moved": current != record.digest,
         "reason": move.reason,
         "at": move.at,
     }
@@ -314,7 +330,8 @@ def _row_lineage(row: str, place: Place) -> dict[str, Any]:
     found = []
     for record in place.store.releases(None):
         ledger = place.home.artifact(record.facts["train"]) / "ledger.jsonl"
-        steps = [entry["step"] for entry in artifacts.read_jsonl(ledger) if row in entry["rows"]]
+        learnt = (entry for entry in artifacts.read_jsonl(ledger) if "skipped" not in entry)
+        steps = [entry["step"] for entry in learnt if row in entry["rows"]]
         if steps:
             aliases = place.store.aliases(record.name)
             standing = sorted(alias for alias, digest in aliases.items() if digest == record.digest)
@@ -328,6 +345,8 @@ def _row_lineage(row: str, place: Place) -> dict[str, Any]:
 
 
 def _near(name: str, known: Sequence[str]) -> str:
+    from luthier import plugins
+
     return plugins.unknown("model", name, known) if known else "no release yet: luthier run RECIPE"
 
 

@@ -86,6 +86,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     _replace(path, (data,))
 
 
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """As `write_bytes`, for what need not be in memory in one piece."""
+    _replace(path, chunks)
+
+
 def write_json(path: Path, obj: object) -> None:
     """One JSON value for people and machines: sorted, indented, the same bytes for the same value."""
     tidy = json.loads(canonical(obj))
@@ -119,7 +124,7 @@ def _parse(data: bytes, where: str) -> Any:
         ) from error
 
 
-def _replace(path: Path, chunks: Iterable[bytes]) -> None:
+def _replace(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     path = Path(path)
     temp = path.with_name(f"{_TEMP}{path.name[:64]}-{secrets.token_hex(6)}")
     with _named(path, "write"):

@@ -33,8 +33,8 @@ app = typer.Typer(
     help="Raw rows to a governed, served, reversible fine-tuned language model.",
     epilog="Start with: luthier run examples/guard.yaml",
 )
-errors = Console(stderr=True)
-results = Console()
+errors = Console(stderr=True, emoji=False)
+results = Console(emoji=False)
 
 Recipe = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
 Model = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME@DIGEST", show_default=False)]
@@ -119,7 +119,7 @@ def serve(
 
     def announce(ready: dict[str, Any]) -> None:
         if as_json:
-            print(json.dumps(ready), flush=True)
+            print(json.dumps({name: ready[name] for name in ("url", "key")}), flush=True)
         else:
             tables.serving(results, ready)
 
@@ -244,7 +244,7 @@ def _door(as_json: bool) -> Iterator[None]:
             }
             print(json.dumps({"error": body}), flush=True)
         errors.print(f"[bold red]{type(error).__name__}[/] ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        errors.print(_printable(str(error)), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
     except (BrokenPipeError, KeyboardInterrupt):
         raise typer.Exit(75) from None
@@ -254,6 +254,11 @@ def _door(as_json: bool) -> Iterator[None]:
         errors.print(traceback.format_exc(), markup=False, highlight=False)
         errors.print(f"[bold red]A bug in luthier:[/] {type(error).__name__}; please report the above.")
         raise typer.Exit(70) from None
+
+
+def _printable(text: str) -> str:
+    """Texts from files may hold terminal commands; they are shown, not obeyed."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
 
 
 def main() -> None:

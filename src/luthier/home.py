@@ -35,6 +35,7 @@ class Home:
         )
         home = cls(chosen)
         try:
+            chosen.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows and requests are nobody else's
             for folder in (home.artifacts, home.work, home.locks, home.cache, home.runs):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

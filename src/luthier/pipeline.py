@@ -16,18 +16,20 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from luthier import artifacts, report
+from luthier import artifacts
 from luthier.errors import GateRefused, Interrupted, LuthierError, StoreError
 from luthier.home import Home
-from luthier.recipe import Recipe
-from luthier.stages import ORDER, Event, Inputs
+from luthier.stages import ORDER, STAGES, Event, Inputs
 from luthier.store import ReleaseRecord, RequestRecord, StageRecord, Store
+
+if TYPE_CHECKING:
+    from luthier.recipe import Recipe
 
 Tell = Callable[[Event], None]
 
@@ -74,15 +76,21 @@ class Outcome:
 def run(recipe: Recipe, place: Place, *, until: str = ORDER[-1]) -> Outcome:
     """Run the stages up to `until`; raise `GateRefused` after recording when a gate said no."""
     reap(place)
-    run_id = place.store.begin_run(recipe.name, recipe.as_dict(), host())
+    with ExitStack() as held:
+        with place.home.lock("runs", lambda pid: None):  # between its row and its lock nobody may reap a run
+            run_id = place.store.begin_run(recipe.name, recipe.as_dict(), host())
+            held.enter_context(place.home.lock(f"run-{run_id}", lambda pid: None))
+        return _run(recipe, place, run_id, until)
+
+
+def _run(recipe: Recipe, place: Place, run_id: str, until: str) -> Outcome:
     done: dict[str, StageRecord] = {}
     status, problem = "failed", ""
     try:
-        with place.home.lock(f"run-{run_id}", lambda pid: None):
-            for stage in ORDER[: ORDER.index(until) + 1]:
-                done[stage] = _stage(recipe, stage, done, run_id, place)
-                if stage == "release":
-                    _register(recipe, done, run_id, place)
+        for stage in ORDER[: ORDER.index(until) + 1]:
+            done[stage] = _stage(recipe, stage, done, run_id, place)
+            if stage == "release":
+                _register(recipe, done, run_id, place)
         status = "done"
     except GateRefused as refusal:
         status, problem = "refused", str(refusal)
@@ -105,9 +113,10 @@ def run(recipe: Recipe, place: Place, *, until: str = ORDER[-1]) -> Outcome:
 
 def reap(place: Place) -> None:
     """Give runs whose process died without a word (kill -9, power) the status they have: interrupted."""
-    for record in place.store.runs(limit=200):
-        if record.status == "running" and not place.home.is_locked(f"run-{record.id}"):
-            place.store.end_run(record.id, "interrupted", error="the process ended without a word")
+    with place.home.lock("runs", lambda pid: None):
+        for record in place.store.runs(limit=200):
+            if record.status == "running" and not place.home.is_locked(f"run-{record.id}"):
+                place.store.end_run(record.id, "interrupted", error="the process ended without a word")
 
 
 def host() -> dict[str, Any]:
@@ -135,11 +144,10 @@ def _stage(
     recipe: Recipe, stage: str, done: Mapping[str, StageRecord], run_id: str, place: Place
 ) -> StageRecord:
     """Reuse the stage if its key is known and its folder is whole; else build it under the key's lock."""
-    module = importlib.import_module(f"luthier.stages.{stage}")
-    digests = {need: done[need].digest for need in module.NEEDS}
-    if getattr(module, "WANTS_CHAMPION", False):
+    digests = {need: done[need].digest for need in STAGES[stage].needs}
+    if STAGES[stage].wants_champion:
         digests |= _champion(recipe, done["train"].digest, place.store)
-    key = _key(recipe, stage, module, digests, place.root)
+    key = _key(recipe, stage, digests, place.root)
 
     def waiting(pid: str) -> None:
         place.tell(Event(stage, f"another run (pid {pid}) is building this stage; waiting"))
@@ -162,18 +170,21 @@ def _stage(
     return record
 
 
-def _key(recipe: Recipe, stage: str, module: ModuleType, digests: Mapping[str, str], root: Path) -> str:
-    versions = {stage: int(module.VERSION)}
+def _key(recipe: Recipe, stage: str, digests: Mapping[str, str], root: Path) -> str:
+    versions = {stage: STAGES[stage].version}
     versions |= {f"{part.family}/{part.name}": part.version for part in recipe.parts(stage)}
     inputs = dict(digests)
-    if hasattr(module, "external"):
-        inputs |= {
-            f"external:{name}": digest
-            for name, digest in module.external(recipe.section(stage), root).items()
-        }
-    if getattr(module, "NAMED", False):
+    if STAGES[stage].external:
+        found = _module(stage).external(recipe.section(stage), root)
+        inputs |= {f"external:{name}": digest for name, digest in found.items()}
+    if STAGES[stage].named:
         inputs["name"] = recipe.name
     return artifacts.stage_key(stage, recipe.asked(stage), versions, inputs, recipe.seed)
+
+
+def _module(stage: str) -> Any:
+    """Imported when it is needed: plan, train and evaluate load torch, which takes seconds."""
+    return importlib.import_module(f"luthier.stages.{stage}")
 
 
 def _reuse(key: str, place: Place) -> StageRecord | None:
@@ -203,7 +214,6 @@ def _build(
     observed: Mapping[str, Path],
     place: Place,
 ) -> StageRecord:
-    module = importlib.import_module(f"luthier.stages.{stage}")
     began = time.monotonic()
     out, scratch = place.home.work / key / "out", place.home.work / key / "scratch"
     shutil.rmtree(out, ignore_errors=True)
@@ -222,8 +232,8 @@ def _build(
         stopping=lambda: place.stop.requested,
     )
     place.tell(Event(stage, "begins"))
-    with _saving(place.stop, getattr(module, "SAVES_ON_STOP", False)):
-        facts = module.run(recipe.section(stage), inputs, out)
+    with _saving(place.stop, STAGES[stage].saves_on_stop):
+        facts = _module(stage).run(recipe.section(stage), inputs, out)
     artifacts.write_json(out / "observed" / "facts.json", facts)
     digest = artifacts.seal(out)
     artifacts.publish(out, place.home.artifact(digest))
@@ -288,6 +298,8 @@ def _report(recipe: Recipe, run_id: str, done: Mapping[str, StageRecord], place:
     """Leave `runs/<run id>/report.html` whatever became of the run, once a first stage is done."""
     if not done:
         return None
+    from luthier import report  # here, so that verbs which draw nothing do not wait for it
+
     folder = place.home.runs / run_id
     folder.mkdir(parents=True, exist_ok=True)
     record = place.store.run(run_id)
@@ -340,7 +352,6 @@ def watch(
     recipe: Recipe, release: ReleaseRecord, requests: list[RequestRecord], place: Place
 ) -> dict[str, Any]:
     """Stage 7 on live traffic: the stage of a run, reading the request log instead of the rehearsal."""
-    module = importlib.import_module("luthier.stages.monitor")
     with tempfile.TemporaryDirectory(dir=place.home.work) as folder:
         log, out, scratch = (Path(folder) / name for name in ("log", "out", "scratch"))
         for path in (log, out, scratch):
@@ -349,7 +360,7 @@ def watch(
         digests = {"evaluate": release.facts["evaluate"]}
         artefacts = {"evaluate": place.home.artifact(digests["evaluate"]), "requests": log}
         inputs = Inputs(recipe.name, artefacts, digests, place.root, place.home.cache, scratch, recipe.seed)
-        module.run(recipe.monitor, inputs, out)
+        _module("monitor").run(recipe.monitor, inputs, out)
         verdict: dict[str, Any] = artifacts.read_json(out / "observed" / "report.json")
     place.store.record_event("monitor", {"release": release.digest, "report": verdict})
     return verdict | {"release": release.digest, "name": recipe.name}

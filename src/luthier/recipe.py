@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from luthier.plugins import Part, choice
+from luthier.store_schema import ALIAS
 
 Text = Annotated[str, Field(min_length=1)]
-ALIAS = r"^[a-z][a-z0-9-]{0,30}$"
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -88,6 +88,12 @@ class Phase(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
+    on_sick: Literal["stop", "skip"] = Field(
+        default="stop", description="when a step has no loss token, a NaN, an infinity or a spike"
+    )
+    spike: float | None = Field(
+        default=None, gt=1, description="a loss above this many times the median of the last 32 is sick"
+    )
     validation: Validation = Validation()
     checkpoint_every: int = Field(default=10, ge=1, description="optimiser steps between checkpoints")
 

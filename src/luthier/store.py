@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, String, Table, bindparam, func, insert, literal, select, true, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, RowMapping
 
 from luthier import store_engine
@@ -178,9 +177,13 @@ class Store:
 
     def add_release(self, record: ReleaseRecord) -> None:
         """Idempotent: a release is named by its content, so the first row for (name, digest) stays."""
-        statement = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
+        if self._engine.dialect.name == "postgresql":
+            from sqlalchemy.dialects.postgresql import insert as insert_once
+        else:
+            from sqlalchemy.dialects.sqlite import insert as insert_once  # type: ignore[assignment]
+        statement = insert_once(RELEASES).values(_plain(asdict(record))).on_conflict_do_nothing()
         with self._writing() as connection:
-            connection.execute(statement(RELEASES).values(_plain(asdict(record))).on_conflict_do_nothing())
+            connection.execute(statement)
 
     def release(self, name: str | None, digest_prefix: str) -> ReleaseRecord:
         """The one release (of `name`, if given) whose digest begins so."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from sqlalchemy import BigInteger, Boolean, Column, Double, Integer, MetaData, String, Table
 from sqlalchemy.engine import Connection
 
+ALIAS = r"^[a-z][a-z0-9-]{0,30}$"  # what an alias may be called
 SERIAL = {
     "sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT",
     "postgresql": "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY",

@@ -100,6 +100,11 @@ def releases(console: Console, found: Sequence[Row]) -> None:
 
 
 def moved(console: Console, move: Row) -> None:
+    if not move["moved"]:
+        console.print(
+            f"{move['name']}@{move['alias']} stands on {move['digest'][:12]} already: nothing moved"
+        )
+        return
     before = (move["previous"] or "nothing")[:12]
     console.print(
         f"{move['name']}@{move['alias']}: {before} → [bold]{move['digest'][:12]}[/] "
@@ -109,7 +114,8 @@ def moved(console: Console, move: Row) -> None:
 
 def serving(console: Console, ready: Row) -> None:
     console.print(f"serving at [bold]{ready['url']}[/]   key: {ready['key']}", soft_wrap=True)
-    console.print("models: " + (", ".join(ready.get("models", [])) or "none yet"), soft_wrap=True)
+    models = ", ".join(ready["models"]) or "none yet; a release is served as soon as an alias stands on it"
+    console.print(f"models: {models}", soft_wrap=True)
     console.print("stop with Ctrl-C; promote and rollback are followed without a restart", style="dim")
 
 

@@ -207,7 +207,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, opened: bool, where:
         turns, hidden = _hide(turns, control)
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ModelError(
             f"the chat template refuses this conversation: {_first_line(error)}", where=where
         ) from error

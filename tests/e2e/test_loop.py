@@ -118,8 +118,10 @@ def test_promote_and_rollback_are_one_row_each_and_take_under_a_second(world: An
         assert refs() == (count := count + 1)
     by_alias = {alias: row["digest"] for row in package.releases(home=home) for alias in row["aliases"]}
     assert by_alias == {"production": first["release"], "staging": second}
-    with pytest.raises(package.LuthierError, match="only ever stood"):
+    with pytest.raises(package.LuthierError, match="stands on its first release"):
         package.rollback("toy", home=home)
+    again = package.promote(f"toy@{first['release'][:12]}", home=home)
+    assert not again["moved"] and refs() == count
 
 
 def test_a_running_server_answers_and_follows_promotions_without_a_restart(

@@ -112,6 +112,8 @@ def test_unknown_runs_models_and_homes_are_said_so(recipe: Path, tmp_path: Path)
     assert luthier(home, "show", "r-nope", "--json", code=9)["error"]["kind"] == "NotFound"
     assert luthier(home, "promote", "toy", "--json", code=9)["error"]["kind"] == "NotFound"
     assert luthier(home, "rollback", "toy", "--json", code=9)["error"]["kind"] == "NotFound"
+    assert luthier(home, "releases", "toy", "--json", code=9)["error"]["kind"] == "NotFound"
+    assert home.stat().st_mode & 0o077 == 0, "rows and requests are nobody else's"
     (tmp_path / "file").write_text("x")
     assert luthier(tmp_path / "file", "runs", "--json", code=8)["error"]["kind"] == "StoreError"
     assert luthier(home, "run", str(tmp_path / "no.yaml"), "--json", code=2)["error"]["kind"] == "RecipeError"
@@ -156,3 +158,13 @@ def test_help_is_quick_and_names_every_verb(tmp_path: Path) -> None:
         [*LUTHIER, "--help"], env=environment(tmp_path), capture_output=True, text=True, check=True
     )
     assert all(verb in done.stdout for verb in verbs)
+
+
+def test_what_a_file_says_is_shown_and_not_obeyed(recipe: Path) -> None:
+    (recipe.parent / "train.csv").write_text("[/foo],:x:,\x1b[31mred\n1,2,3\n")
+    done = subprocess.run(
+        [*LUTHIER, "plan", str(recipe)], env=environment(recipe.parent / "home"),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3 and "[/foo], :x:" in done.stderr, done.stderr
+    assert "\x1b[31mred" not in done.stderr and "\\x1b[31mred" in done.stderr

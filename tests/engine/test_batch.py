@@ -69,7 +69,7 @@ def test_a_batch_predicts_each_learnt_token_from_the_place_before_it() -> None:
 
 @given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=8), budget=st.integers(2, 40))
 def test_no_token_is_padding(lengths: list[int], budget: int) -> None:
-    rows = [Encoded(tuple(range(n)), (True,) * n, str(at)) for at, n in enumerate(lengths)]
+    rows = [Encoded((at, *range(n - 1)), (True,) * n, str(at)) for at, n in enumerate(lengths)]
     micros = batch.micro_batches(rows, budget)
     assert sum(len(micro.ids_T) for micro in micros) == sum(lengths)
     assert all(sum(micro.lengths_D) == len(micro.ids_T) for micro in micros)

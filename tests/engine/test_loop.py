@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,8 @@ def test_a_restart_from_a_snapshot_is_bit_identical(tiny_base: Path) -> None:
     fresh = model_of(tiny_base, dropout=0.2, seed=99)  # a fresh start that the snapshot must undo
     torch.manual_seed(12345)
     adam = loop.optimiser(fresh, SETTINGS)
-    loop.restore(fresh, adam, saved, 3)
-    rest = list(loop.train(fresh, loader(), OBJECTIVE, adam, SETTINGS, start=3))
+    loop.restore(fresh, adam, saved)
+    rest = list(loop.train(fresh, loader(), OBJECTIVE, adam, SETTINGS, loop.Past(3)))
     assert [step.loss for step in rest] == [step.loss for step in steps[3:]]
     assert same(loop.snapshot(fresh, adam), end)
 
@@ -193,3 +194,96 @@ def test_clipping_bounds_the_step_but_reports_the_whole_norm(tiny_base: Path) ->
     step = next(loop.train(model, loader(), OBJECTIVE, loop.optimiser(model, tight), tight))
     norm = math.sqrt(sum(float(w.grad.square().sum()) for w in loop.trained(model).values()))  # type: ignore[union-attr]
     assert step.grad_norm > 1e-3 and norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def sometimes(sick: set[int], factor: float = math.nan, slope: bool = False) -> Any:
+    """The loss, but wrong in the steps named (a step is one micro-batch): times a factor, or in its slope."""
+    calls = [0]
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor | None, micro: Batch) -> Loss:
+        calls[0] += 1
+        found = OBJECTIVE(policy, reference, micro)
+        if calls[0] not in sick:
+            return found  # type: ignore[no-any-return]
+        return replace(found, total=found.total * factor + (policy.sum() * 0).sqrt() * slope)
+
+    return loss
+
+
+SKIP = replace(SETTINGS, on_sick="skip", steps=14)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient", "silent", "spike"])
+def test_a_skipped_step_is_named_and_leaves_weights_and_moments_alone(tiny_base: Path, how: str) -> None:
+    model, settings = model_of(tiny_base), replace(SKIP, spike=3.0, lr=1e-4)
+    adam = loop.optimiser(model, settings)
+    silent = batch.collate([Encoded((1, 2, 3), (False, False, False), "quiet")])
+    wrong = {"loss": math.nan, "gradient": 1.0, "silent": 1.0, "spike": 4.0}[how]
+    objective = sometimes(set() if how == "silent" else {10}, wrong, slope=how == "gradient")
+    steps, batches = [], lambda step: (silent,) if how == "silent" and step == 10 else loader()(step)
+    before = loop.snapshot(model, adam)
+    for step in loop.train(model, batches, objective, adam, settings):
+        steps.append(step)
+        after = loop.snapshot(model, adam)
+        assert same(before, after) == (step.step == 10)
+        before = after
+    assert [step.step for step in steps if step.sick] == [10] and len(steps) == 14
+    assert steps[9].sick is not None and "step 10" in steps[9].sick
+    assert sorted(steps[9].rows) == (["quiet"] if how == "silent" else sorted(batch_ids(10)))
+
+
+def test_a_restart_after_a_skipped_step_is_bit_identical(tiny_base: Path) -> None:
+    def descent(model: Any, adam: Any, sick: set[int], past: loop.Past) -> Any:
+        return loop.train(model, loader(), sometimes(sick), adam, SKIP, past)
+
+    model = model_of(tiny_base)
+    adam = loop.optimiser(model, SKIP)
+    steps = descent(model, adam, {3}, loop.Past())
+    for _ in range(5):
+        next(steps)
+    saved = loop.snapshot(model, adam)
+    rest = [step.loss for step in steps]
+    fresh = model_of(tiny_base, seed=99)
+    other = loop.optimiser(fresh, SKIP)
+    loop.restore(fresh, other, saved)
+    assert [step.loss for step in descent(fresh, other, set(), loop.Past(5))] == rest
+    assert same(loop.snapshot(fresh, other), loop.snapshot(model, adam))
+
+
+def test_a_spike_stops_by_default_and_is_judged_from_the_losses_of_the_past(tiny_base: Path) -> None:
+    settings = replace(SETTINGS, spike=1.5)
+    low, few, high = (0.1,) * loop.FIRST, (0.1,) * (loop.FIRST - 1), (9e9,) * loop.FIRST
+    for past, spiked in ((low, True), (few, False), (high, False)):
+        model = model_of(tiny_base)
+        descent = loop.train(
+            model, loader(), OBJECTIVE, loop.optimiser(model, settings), settings, loop.Past(1, past)
+        )
+        if spiked:
+            with pytest.raises(loop.Sick, match=r"rows .*the loss of step 2 is .*, of those before it 0\.1"):
+                next(descent)
+        else:
+            assert next(descent).sick is None
+
+
+def test_a_step_dropped_between_two_micro_batches_was_never_there(tiny_base: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    calls = [0]
+
+    def loss(policy: torch.Tensor, reference: torch.Tensor | None, micro: Batch) -> Loss:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise Enough
+        return OBJECTIVE(policy, reference, micro)  # type: ignore[no-any-return]
+
+    steps, end = run(tiny_base, micro_tokens=14, dropout=0.2)
+    model = model_of(tiny_base, dropout=0.2)
+    adam = loop.optimiser(model, SETTINGS)
+    before = loop.snapshot(model, adam)
+    with pytest.raises(Enough):
+        next(loop.train(model, loader(14), loss, adam, SETTINGS))
+    assert same(loop.snapshot(model, adam), before)
+    again = list(loop.train(model, loader(14), loss, adam, SETTINGS))
+    assert [step.loss for step in again] == [step.loss for step in steps]
+    assert same(loop.snapshot(model, adam), end)

@@ -27,17 +27,17 @@ def test_a_shape_is_read_from_any_family() -> None:
 
 
 def test_a_forecast_is_the_sum_of_its_kinds() -> None:
-    found = memory.forecast(SHAPE, 1000, 256, 64)
+    found = memory.forecast(SHAPE, 1000, (256, 100), 64)
     assert found.total == sum(asdict(found).values()) == found.as_dict()["total"]
     assert found.weights == 200_000 and found.adapters == 4000 and found.optimiser == 8000
 
 
 @given(tokens=st.integers(1, 10_000), more=st.integers(1, 1000), trainable=st.integers(1, 10**7))
 def test_more_tokens_layers_or_weights_never_take_less(tokens: int, more: int, trainable: int) -> None:
-    least = memory.forecast(SHAPE, trainable, tokens, 64).total
-    assert memory.forecast(SHAPE, trainable, tokens + more, 64).total > least
-    assert memory.forecast(SHAPE, trainable + more, tokens, 64).total > least
-    assert memory.forecast(replace(SHAPE, layers=3), trainable, tokens, 64).total > least
+    least = memory.forecast(SHAPE, trainable, (tokens, 8), 64).total
+    assert memory.forecast(SHAPE, trainable, (tokens + more, 8), 64).total > least
+    assert memory.forecast(SHAPE, trainable + more, (tokens, 8), 64).total > least
+    assert memory.forecast(replace(SHAPE, layers=3), trainable, (tokens, 8), 64).total > least
 
 
 def test_an_outline_has_the_shapes_of_the_model_and_none_of_its_bytes(tiny_base: Path) -> None:

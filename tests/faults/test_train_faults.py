@@ -1,9 +1,11 @@
-"""kill -9 at random moments of training, inside saves too: the end is bit for bit the uninterrupted one."""
+"""kill -9 at random moments of training, inside saves too, and SIGTERM: the end is the uninterrupted one."""
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import pytest
 
 from luthier import artifacts
-from luthier.engine import checkpoint
+from luthier.engine import batch, checkpoint
 from luthier.stages import plan
 from tests.faults import train_victim
-from tests.faults.train_victim import DIGEST, SAID, STEPS
-from tests.stages.training import planning, world
+from tests.faults.train_victim import ASKED, DIGEST, SAID, STEPS
+from tests.stages.training import PHASE, SEED, planning, world
 
 
 def start(target: Any, *given: Any) -> Any:
@@ -51,27 +53,62 @@ def copy(planned: Path, to: Path) -> Path:
     return to
 
 
-def killed_after(folder: Path, step: int, delay_s: float) -> None:
-    (folder / SAID).unlink(missing_ok=True)
-    victim = start(train_victim.training, folder)
+def wait_for(folder: Path, victim: Any, word: str) -> None:
+    """Until the victim has said it since `SAID` was removed, or is gone."""
     while victim.is_alive():
-        said = (folder / SAID).read_text() if (folder / SAID).exists() else ""
-        if f"\n{step} training" in said:
-            break
+        if (folder / SAID).exists() and word in (folder / SAID).read_text():
+            return
         time.sleep(0.001)
-    time.sleep(delay_s)
-    victim.kill()
-    victim.join()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_kills_at_random_moments_change_no_bit(
-    planned: Path, expected: str, tmp_path: Path, seed: int
+def one_life(folder: Path, draw: random.Random) -> bool:
+    """A training that is killed, at a file operation or by the clock. False if it got through."""
+    (folder / SAID).unlink(missing_ok=True)
+    if draw.random() < 0.5:
+        victim = start(train_victim.training, folder, draw.randrange(180))
+    else:
+        victim = start(train_victim.training, folder)
+        wait_for(folder, victim, " training\n")
+        time.sleep(draw.uniform(0, 0.15))
+        victim.kill()
+    victim.join(120)
+    assert victim.exitcode in (0, -signal.SIGKILL)
+    return bool(victim.exitcode)
+
+
+def half_written(folder: Path) -> set[tuple[str, int]]:
+    found = (folder / "scratch" / "checkpoints").glob("partial-*")
+    return {(path.name, path.stat().st_mtime_ns) for path in found}
+
+
+def every_row_once(folder: Path) -> bool:
+    """The ledger holds the rows that the seed gives to each step, step by step."""
+    ids = tuple(row["id"] for row in artifacts.read_jsonl(folder / "data" / "rows" / "train.jsonl"))
+    due = [
+        (step, sorted(ids[row] for row in batch.rows_of(ids, PHASE["batch"], SEED, step)))
+        for step in range(1, STEPS["steps"] + 1)
+    ]
+    ledger = artifacts.read_jsonl(folder / "out" / "ledger.jsonl")
+    return [(entry["step"], sorted(entry["rows"])) for entry in ledger] == due
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.long)])
+def test_kills_at_random_moments_and_inside_saves_change_no_bit(
+    planned: Path, expected: str, tmp_path: Path, kills: int
 ) -> None:
-    folder, draw = copy(planned, tmp_path), random.Random(seed)
-    for low, high in ((1, 8), (9, 16), (17, 24)):
-        killed_after(folder, draw.randint(low, high), draw.uniform(0, 0.03))
-    assert finish(folder) == expected
+    draw, done, inside, trainings = random.Random(kills), 0, 0, 0
+    while done < kills:
+        folder = copy(planned, tmp_path / str(trainings))
+        trainings += 1
+        while done < kills and not (folder / DIGEST).exists():
+            before = half_written(folder)
+            done += one_life(folder, draw)
+            inside += bool(half_written(folder) - before)
+        assert finish(folder) == expected
+        assert every_row_once(folder)
+        shutil.rmtree(folder)
+    assert inside >= kills // 8 and trainings >= 2
 
 
 def test_a_kill_at_any_file_operation_of_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
@@ -83,13 +120,30 @@ def test_a_kill_at_any_file_operation_of_a_save_leaves_a_checkpoint_that_loads(t
         victim.join(60)
         finished = victim.exitcode == 0
         found, _ = checkpoint.newest(folder, "me")
-        assert found is not None and found.best is not None, operations
+        assert found is not None, operations
         assert found.step == 2 if finished else found.step in (1, 2)
-        assert float(found.tensors["weight:a"][0]) == found.step == float(found.best["weight:a"][0])
-        lines = artifacts.read_jsonl(folder / "curve.jsonl")
-        assert lines == [{"step": step} for step in range(1, found.step + 1)]
-        train_victim.save(folder, found.step + 1)  # what the kill left behind is in nobody's way
+        assert float(found.tensors["weight:a"][0]) == found.step
+        assert found.journals == train_victim.made(found.step).journals
+        checkpoint.save(folder, train_victim.made(found.step + 1))  # what it left is in nobody's way
         again, _ = checkpoint.newest(folder, "me")
         assert again is not None and again.step == found.step + 1
         operations += 1
     assert operations > 15
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sigterm_in_training_saves_all_that_was_done_and_is_gone_in_ten_seconds(
+    planned: Path, expected: str, tmp_path: Path, seed: int
+) -> None:
+    folder, draw = copy(planned, tmp_path), random.Random(seed)
+    victim = start(train_victim.stoppable, folder)
+    wait_for(folder, victim, f"\n{draw.randint(1, 8)} training\n")
+    time.sleep(draw.uniform(0, 0.02))
+    began = time.monotonic()
+    os.kill(victim.pid, signal.SIGTERM)
+    victim.join(30)
+    assert time.monotonic() - began <= 10 and victim.exitcode == ASKED
+    done = [line for line in (folder / SAID).read_text().splitlines() if line.endswith(" training")]
+    saved = max((folder / "scratch" / "checkpoints").glob("step-*"))
+    assert saved.name == f"step-{int(done[-1].split()[0]):08d}" and artifacts.verify(saved)
+    assert finish(folder) == expected

@@ -66,7 +66,8 @@ def spawn(home: Path, port: int = 0) -> tuple[subprocess.Popen[str], Client]:
     line = process.stdout.readline()
     if not line:
         raise AssertionError(said.read_text("utf-8")[-3000:])
-    return process, Client(**json.loads(line))
+    ready = json.loads(line)
+    return process, Client(ready["url"], ready["key"])
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def threaded(store: Any, home: Any, **door: Any) -> Iterator[Client]:
     thread.start()
     assert announced.wait(30)
     try:
-        yield Client(**ready[0])
+        yield Client(ready[0]["url"], ready[0]["key"])
     finally:
         chosen.stop.set()
         thread.join(30)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(FetchError, match="no such file") as caught:
             call()
         assert caught.value.where == str(tmp_path / "no.csv")
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.csv")
+    with pytest.raises(FetchError, match="a pipe"):
+        files.fingerprint(files.Params(files={"train": "rows.csv"}), tmp_path)

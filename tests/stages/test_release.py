@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier import artifacts, cards
 from luthier.errors import Interrupted, ModelError
-from luthier.stages import Inputs, evaluate, release
+from luthier.stages import STAGES, Inputs, evaluate, release
 from tests.stages.judging import also, evaluate_section, release_section, stopping_after, trained
 
 GATES = ("compatibility", "floor", "parity", "model card")
@@ -51,8 +51,8 @@ def test_a_good_candidate_is_accepted_with_adapter_card_and_lineage(inputs: Inpu
     assert facts["accepted"] is True
     found = artifacts.read_json(tmp_path / "release.json")
     assert tuple(verdict["gate"] for verdict in found["verdicts"]) == GATES
-    assert {stage: found[stage] for stage in release.NEEDS} == {
-        stage: inputs.digests[stage] for stage in release.NEEDS
+    assert {stage: found[stage] for stage in STAGES["release"].needs} == {
+        stage: inputs.digests[stage] for stage in STAGES["release"].needs
     }
     assert found["champion"] is None
     for name in ("adapter_config.json", "adapter_model.safetensors"):

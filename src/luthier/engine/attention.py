@@ -2,9 +2,16 @@
 
 Source: scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762) and its gradient as matrix
 products; sliding windows as in Mistral (Jiang et al. 2023, arXiv 2310.06825): token q sees keys k with
-q - window < k <= q. Short documents of like length share one batched product: padding behind a document's
-end changes nothing before it, as no token looks ahead, and is dropped at once. Long ones go through torch's
-own kernel, which never holds the L × L scores. It enters through transformers' attention interface under
+q - window < k <= q. Documents of like length share one batched product: padding behind a document's end
+changes nothing before it, as no token looks ahead, and is dropped at once. Probabilities of short documents
+are kept for the way back, those of long ones computed again; very long ones go through torch's own kernel,
+which never holds the L × L scores.
+
+Documents may follow another one, whose tokens they see before their own: what rows share is attended to where
+it lies, and computed once. Queries are a document's own tokens, keys the path's and its own. Those that
+follow the same path share one product over its keys, whose gradient is the sum of what they all send back.
+
+It enters through transformers' attention interface under
 the name `IMPLEMENTATION`, so every decoder family that uses that interface has it; with no mask function
 under that name transformers builds no mask.
 
@@ -14,8 +21,10 @@ It does not know caches, cross-attention, soft caps or sinks: what it does not k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +32,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from luthier.engine.kernels import Kernels, kernels
+from luthier.engine.kernels import turn as rotated
 from luthier.errors import ModelError
 
 IMPLEMENTATION = "luthier_documents"
-SHORT = 256  # tokens; below it the scores of a document are cheap to hold, and dear to stream
+SHORT = 256  # tokens; up to here a document's probabilities are kept for the way back, else computed again
+LONG = 2048  # tokens; beyond it the scores of one document are too many to hold even for a moment
+Qkv = tuple[Tensor, Tensor, Tensor]  # (T, heads, width), and keys and values (T, key heads, width)
+Turn = tuple[Tensor, Tensor]  # rotary cos and sin, each (T, rotated width)
+KeysValues = tuple[Tensor, Tensor]  # or their gradients
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions"})
 
 
@@ -34,8 +49,10 @@ _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_at
 class Group:
     """Neighbouring documents that attend in one call, each laid out over `length` places.
 
-    spread_P: for each of documents × length places, the token that lies there (any token, behind the end).
+    spread_P: for each of documents × length places, the group's token that lies there (any, behind the end).
     gather_T: for each of the group's tokens, its place.
+    path:     documents that all of these follow, first to last: each one's group, number there and length.
+    before:   how many tokens those have.
     """
 
     start: int
@@ -44,6 +61,13 @@ class Group:
     length: int
     spread_P: Tensor
     gather_T: Tensor
+    path: tuple[tuple[int, int, int], ...] = ()
+    before: int = 0
+
+    @property
+    def reach(self) -> int:
+        """How many keys the last query of a document sees."""
+        return self.before + self.length
 
 
 @dataclass(frozen=True)
@@ -54,34 +78,40 @@ class Documents:
     tokens: int
 
     @staticmethod
-    def of(lengths_D: Sequence[int]) -> Documents:
-        """Group neighbours: short ones unless one is more than twice another, long ones if equal."""
-        runs: list[list[int]] = []
-        for length in lengths_D:
-            like = runs and (
-                length == runs[-1][0]
-                or (max(length, *runs[-1]) <= SHORT and 2 * min(length, *runs[-1]) >= max(length, *runs[-1]))
-            )
-            if like:
-                runs[-1].append(length)
+    def of(lengths_D: Sequence[int], parents_D: Sequence[int] = ()) -> Documents:
+        """Group neighbours that follow the same document: short ones unless one is more than twice another,
+        long ones if equal. `parents_D`: an earlier document that each one follows, -1 or empty: none."""
+        runs: list[tuple[int, list[int]]] = []
+        through: list[tuple[tuple[int, int, int], ...]] = []  # the path up to and with each document
+        for length, parent in zip(lengths_D, parents_D or (-1,) * len(lengths_D), strict=True):
+            if runs and runs[-1][0] == parent and _like(length, runs[-1][1]):
+                runs[-1][1].append(length)
             else:
-                runs.append([length])
+                runs.append((parent, [length]))
+            here = (len(runs) - 1, len(runs[-1][1]) - 1, length)
+            through.append((*(through[parent] if parent >= 0 else ()), here))
         groups, start = [], 0
-        for run in runs:
-            groups.append(_group(start, run))
+        for parent, run in runs:
+            groups.append(_group(start, run, through[parent] if parent >= 0 else ()))
             start += sum(run)
         return Documents(tuple(groups), start)
 
 
-def _group(start: int, lengths: Sequence[int]) -> Group:
-    longest, begin = max(lengths), start
+def _like(length: int, run: Sequence[int]) -> bool:
+    longest, shortest = max(length, *run), min(length, *run)
+    return longest == shortest or (longest <= SHORT and 2 * shortest >= longest)
+
+
+def _group(start: int, lengths: Sequence[int], path: tuple[tuple[int, int, int], ...]) -> Group:
+    longest, begin = max(lengths), 0
     spread, gather = [], []
     for number, length in enumerate(lengths):
         place = torch.arange(longest)
         spread.append(begin + place.clamp(max=length - 1))
         gather.append(number * longest + place[:length])
         begin += length
-    return Group(start, begin - start, len(lengths), longest, torch.cat(spread), torch.cat(gather))
+    before = sum(length for _, _, length in path)
+    return Group(start, begin, len(lengths), longest, torch.cat(spread), torch.cat(gather), path, before)
 
 
 def attend(
@@ -111,66 +141,193 @@ def attend(
     if query.shape[0] != 1 or query.shape[2] != documents.tokens or key.shape[2] != documents.tokens:
         raise ModelError(f"{query.shape[2]} tokens do not make documents of {documents.tokens}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    parts = []
-    for group in documents.groups:
-        if group.length <= SHORT and not dropout:
-            mask = _hidden(group.length, window, query.device)
-            part = _Short.apply(query[0], key[0], value[0], group, (mask, scale))  # type: ignore[no-untyped-call]
-        else:
-            part = _long(query[0], key[0], value[0], group, (window, dropout or 0.0, scale))
-        parts.append(part)
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+    how = How(window, scale, dropout or 0.0)
+    for listener in _listeners:
+        listener.append(how)
+    q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
+    return over_documents((q_THE, k_TKE, v_TKE), None, documents, how).unsqueeze(0), None
 
 
-def _hidden(length: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query (row) must not see a key (column)."""
-    place = torch.arange(length, device=device)
-    behind = place[:, None] - place[None, :]
+_listeners: list[list[How]] = []
+
+
+@contextmanager
+def hearing(heard: list[How]) -> Iterator[None]:
+    """Note what attention layers ask for while this lasts."""
+    _listeners.append(heard)
+    try:
+        yield
+    finally:
+        _listeners.remove(heard)
+
+
+@dataclass(frozen=True)
+class How:
+    """What a layer's attention is: how far back it sees, what multiplies its scores, what it drops."""
+
+    window: int | None
+    scale: float
+    dropout: float = 0.0
+    formulas: Kernels = field(default_factory=partial(kernels, compiled=False))
+
+
+def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) -> Tensor:
+    """Attention of each document over itself: (T, heads, width). `turn`: rotary tables, if still to do."""
+    q_THE, k_TKE, v_TKE = qkv
+    if how.dropout or max(group.reach for group in documents.groups) > LONG:
+        if turn is not None:
+            q_THE, k_TKE = (rotated(x, *turn) for x in (q_THE, k_TKE))
+        qkv = (q_THE, k_TKE, v_TKE)
+        return torch.cat([_streamed(qkv, group, documents, how) for group in documents.groups])
+    at = (turn, documents, how)
+    out_THE: Tensor = _Attention.apply(q_THE, k_TKE, v_TKE, at)  # type: ignore[no-untyped-call]
+    return out_THE
+
+
+def _hidden(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
+    """True where a query (row) must not see a key (column); `before` keys come ahead of the first query."""
+    place = torch.arange(before + length, device=device)
+    behind = place[before:, None] - place[None, :]
     return (behind < 0) if window is None else (behind < 0) | (behind >= window)
 
 
-class _Short(torch.autograd.Function):
-    """softmax(Q K^T) V of one group, with probabilities kept for the way back; heads share keys in groups."""
+class _Attention(torch.autograd.Function):
+    """softmax(Q K^T) V, a group of documents at a time; probabilities are kept where documents are short."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, group: Group, how: tuple[Tensor, float]
+        ctx: Any, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, at: tuple[Turn | None, Documents, How]
     ) -> Tensor:
-        mask_LL, scale = how
-        q, k, v = (_spread(x, group, k_KTE.shape[0]) for x in (q_HTE, k_KTE, v_KTE))
-        scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
-        scores.view(len(q), -1, *mask_LL.shape).masked_fill_(mask_LL, -torch.inf)
-        weights = torch.softmax(scores, dim=-1).to(q.dtype)
-        out = torch.bmm(weights, v)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.group, ctx.scale, ctx.shapes = group, scale, (q_HTE.shape, k_KTE.shape, v_KTE.shape)
-        return _gather(out, group, q_HTE.shape[0])
+        turn, documents, how = at
+        kv_heads = k_TKE.shape[1]
+        out_THE = q_THE.new_empty(q_THE.shape)
+        kept: list[Tensor] = []
+        laid: list[KeysValues] = []
+        for group in documents.groups:
+            q, k, v = _laid_out((q_THE, k_TKE, v_TKE), turn, group, how)
+            laid.append((k, v))
+            k_far, v_far = _path(laid, group, kv_heads)
+            weights = _weights(q, (k, k_far), group, how)
+            part = _gather(_mixed(weights, v, v_far), group, q_THE.shape[1])
+            out_THE[group.start : group.start + group.tokens] = part
+            kept += [q, k, v, weights] if group.reach <= SHORT else [q, k, v]
+        ctx.save_for_backward(*(turn or (None, None)), *kept)
+        ctx.documents, ctx.how, ctx.heads = documents, how, (q_THE.shape[1], kv_heads)
+        return out_THE
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_TH_: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        group: Group = ctx.group
-        shapes = ctx.shapes
-        heads, kv_heads, tokens = shapes[0][0], shapes[1][0], shapes[0][1]
-        places = grad_TH_.new_zeros(group.documents * group.length, heads, grad_TH_.shape[-1])
-        places[group.gather_T] = grad_TH_  # nothing flows back from behind a document's end
-        grad = _stacked(places, group, kv_heads)
-        v_grad = torch.bmm(weights.transpose(1, 2), grad)
-        slope = torch.bmm(grad, v.transpose(1, 2)).float()
-        slope -= (slope * weights).sum(-1, keepdim=True)
-        slope = slope.mul_(weights).mul_(ctx.scale).to(q.dtype)
-        q_grad, k_grad = torch.bmm(slope, k), torch.bmm(slope.transpose(1, 2), q)
-        sent = []
-        for found, count in ((q_grad, heads), (k_grad, kv_heads), (v_grad, kv_heads)):
-            whole = found.new_zeros(tokens, count, found.shape[-1])
-            whole[group.start : group.start + group.tokens] = _gather(found, group, count)
-            sent.append(whole.transpose(0, 1))
-        return *sent, None, None
+    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, *kept = ctx.saved_tensors
+        turn, how, groups = None if cos is None else (cos, sin), ctx.how, ctx.documents.groups
+        heads, kv_heads = ctx.heads
+        tokens, width = len(grad_THE), grad_THE.shape[-1]
+        sent = [grad_THE.new_empty(tokens, count, width) for count in (heads, kv_heads, kv_heads)]
+        tensors = iter(kept)
+        held = [[next(tensors) for _ in range(4 if group.reach <= SHORT else 3)] for group in groups]
+        laid = [(k, v) for _, k, v, *_ in held]
+        owed: dict[int, KeysValues] = {}  # to keys and values of groups that later ones follow
+        for number, group in reversed(list(enumerate(groups))):
+            q, k, v, *weighed = held[number]
+            k_far, v_far = _path(laid, group, kv_heads)
+            weights = weighed[0] if weighed else _weights(q, (k, k_far), group, how)
+            places = grad_THE.new_zeros(group.documents * group.length, heads, width)
+            places[group.gather_T] = grad_THE[group.start : group.start + group.tokens]
+            grad = _stacked(places, group, kv_heads)
+            v_grad, v_owed = _collected(weights, grad, v_far)
+            slope = how.formulas.soften_backward(_against(grad, v, v_far), weights, how.scale)
+            k_grad, k_owed = _collected(slope, q, k_far)
+            if k_owed is not None and v_owed is not None:
+                _owe(owed, laid, group, (k_owed, v_owed))
+            if number in owed:
+                k_more, v_more = owed.pop(number)
+                k_grad, v_grad = (k_grad + k_more).to(k.dtype), (v_grad + v_more).to(v.dtype)
+            found = _mixed(slope, k, k_far), k_grad, v_grad
+            part = slice(group.start, group.start + group.tokens)
+            for whole, piece, turned in zip(sent, found, (turn, turn, None), strict=True):
+                flat = _gather(piece, group, whole.shape[1])
+                whole[part] = flat if turned is None else how.formulas.unturn(flat, cos[part], sin[part])
+        return *sent, None
 
 
-def _spread(x_HTE: Tensor, group: Group, kv_heads: int) -> Tensor:
-    return _stacked(x_HTE.transpose(0, 1).index_select(0, group.spread_P), group, kv_heads)
+def _path(laid: Sequence[KeysValues], group: Group, kv_heads: int) -> KeysValues | tuple[None, None]:
+    """Keys and values that a group's documents all see before their own: (kv heads, before, width) each."""
+    if not group.path:
+        return None, None
+
+    def joined(kind: int) -> Tensor:
+        parts = [laid[at][kind][number * kv_heads :][:kv_heads, :length] for at, number, length in group.path]
+        return torch.cat(parts, dim=1)
+
+    return joined(0), joined(1)
+
+
+def _owe(owed: dict[int, KeysValues], laid: Sequence[KeysValues], group: Group, found: KeysValues) -> None:
+    """Note the gradient of a group's path with the groups it lies in; in float32, as many may add to it."""
+    begin, kv_heads = 0, len(found[0])
+    for at, number, length in group.path:
+        if at not in owed:
+            k, v = laid[at]
+            owed[at] = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for sum_, piece in zip(owed[at], found, strict=True):
+            sum_[number * kv_heads :][:kv_heads, :length] += piece[:, begin : begin + length]
+        begin += length
+
+
+def _against(x: Tensor, near: Tensor, far: Tensor | None) -> Tensor:
+    """x · (far, near)ᵀ: of each query with the path, which all documents share, and with its own document."""
+    own = torch.bmm(x, near.transpose(1, 2))
+    if far is None:
+        return own
+    return torch.cat((_apart(torch.bmm(_together(x, len(far)), far.transpose(1, 2)), x), own), dim=-1)
+
+
+def _mixed(weights: Tensor, near: Tensor, far: Tensor | None) -> Tensor:
+    """weights · (far, near)."""
+    if far is None:
+        return torch.bmm(weights, near)
+    before = far.shape[1]
+    path = torch.bmm(_together(weights[..., :before], len(far)), far)
+    return torch.baddbmm(_apart(path, weights), weights[..., before:], near)
+
+
+def _collected(weights: Tensor, x: Tensor, far: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """weightsᵀ · x: for each document's own tokens, and for the path as a sum over its documents."""
+    if far is None:
+        return torch.bmm(weights.transpose(1, 2), x), None
+    before, kv_heads = far.shape[1], len(far)
+    path = torch.bmm(_together(weights[..., :before], kv_heads).transpose(1, 2), _together(x, kv_heads))
+    return torch.bmm(weights[..., before:].transpose(1, 2), x), path
+
+
+def _together(x: Tensor, kv_heads: int) -> Tensor:
+    """(documents · K, M, …) to (K, documents · M, …)."""
+    return x.reshape(-1, kv_heads, *x.shape[1:]).transpose(0, 1).reshape(kv_heads, -1, x.shape[-1])
+
+
+def _apart(x: Tensor, like: Tensor) -> Tensor:
+    """Undo `_together`: (documents · K, M, …), as many of them as in `like`."""
+    x_KDME = x.reshape(len(x), -1, like.shape[1], x.shape[-1])
+    return x_KDME.transpose(0, 1).reshape(*like.shape[:2], x.shape[-1])
+
+
+def _laid_out(qkv: Qkv, turn: Turn | None, group: Group, how: How) -> list[Tensor]:
+    """Query, key and value of a group, rotated, one matrix for each key head: (documents * K, …, width)."""
+    kv_heads, found = qkv[1].shape[1], []
+    for x, turned in zip(qkv, (turn, turn, None), strict=True):
+        part = slice(group.start, group.start + group.tokens)
+        flat = x[part] if turned is None else how.formulas.turn(x[part], turned[0][part], turned[1][part])
+        found.append(_stacked(flat.index_select(0, group.spread_P), group, kv_heads))
+    return found
+
+
+def _weights(q: Tensor, keys: tuple[Tensor, Tensor | None], group: Group, how: How) -> Tensor:
+    """Attention probabilities (documents · K, heads per K · length, reach) in the number type of `q`."""
+    bias_LR = torch.zeros(group.length, group.reach, device=q.device)
+    bias_LR.masked_fill_(_hidden(group.length, how.window, q.device, group.before), -torch.inf)
+    scores = _against(q, *keys).view(len(q), -1, group.length, group.reach)
+    weights: Tensor = how.formulas.soften(scores, bias_LR, how.scale).view(len(q), -1, group.reach)
+    return weights
 
 
 def _stacked(x_PHE: Tensor, group: Group, kv_heads: int) -> Tensor:
@@ -186,26 +343,36 @@ def _gather(x: Tensor, group: Group, heads: int) -> Tensor:
     return x_DHLE.transpose(1, 2).reshape(-1, heads, x.shape[-1]).index_select(0, group.gather_T)
 
 
-def _long(
-    q_HTE: Tensor, k_HTE: Tensor, v_HTE: Tensor, group: Group, how: tuple[int | None, float, float]
-) -> Tensor:
-    """The same through torch's kernel, which streams the scores: (tokens, heads, width)."""
-    window, dropout, scale = how
-    narrow = window is not None and window < group.length
+def _streamed(qkv: Qkv, group: Group, documents: Documents, how: How) -> Tensor:
+    """The same through torch's kernel, which never holds the scores: (tokens, heads, width)."""
+    q_THE, k_THE, v_THE = qkv
+    masked = bool(group.path) or (how.window is not None and how.window < group.length)
 
-    def cut(x_HTE: Tensor) -> Tensor:
-        x_HDLE = x_HTE.index_select(1, group.spread_P).view(
-            -1, group.documents, group.length, x_HTE.shape[-1]
-        )
-        return x_HDLE.transpose(0, 1)
+    def cut(x_THE: Tensor) -> Tensor:
+        part = x_THE[group.start : group.start + group.tokens].index_select(0, group.spread_P)
+        return part.view(group.documents, group.length, *x_THE.shape[1:]).transpose(1, 2)
+
+    def seen(x_THE: Tensor) -> Tensor:
+        own_DHLE = cut(x_THE)
+        if not group.path:
+            return own_DHLE
+        far_HBE = torch.cat([_own_tokens(x_THE, documents, *at) for at in group.path]).transpose(0, 1)
+        return torch.cat((far_HBE.expand(group.documents, *far_HBE.shape), own_DHLE), dim=2)
 
     out_DHLE = scaled_dot_product_attention(
-        cut(q_HTE), cut(k_HTE), cut(v_HTE),
-        attn_mask=~_hidden(group.length, window, q_HTE.device) if narrow else None,
-        dropout_p=dropout, is_causal=not narrow, scale=scale, enable_gqa=q_HTE.shape[0] != k_HTE.shape[0],
+        cut(q_THE), seen(k_THE), seen(v_THE),
+        attn_mask=~_hidden(group.length, how.window, q_THE.device, group.before) if masked else None,
+        dropout_p=how.dropout, is_causal=not masked, scale=how.scale,
+        enable_gqa=q_THE.shape[1] != k_THE.shape[1],
     )  # fmt: skip
-    out_PHE = out_DHLE.transpose(1, 2).reshape(-1, q_HTE.shape[0], v_HTE.shape[-1])
+    out_PHE = out_DHLE.transpose(1, 2).reshape(-1, q_THE.shape[1], v_THE.shape[-1])
     return out_PHE.index_select(0, group.gather_T)
+
+
+def _own_tokens(x_THE: Tensor, documents: Documents, at: int, number: int, length: int) -> Tensor:
+    """The part of `x_THE` that is one document of group `at`."""
+    group = documents.groups[at]
+    return x_THE[group.start + int(group.spread_P[number * group.length]) :][:length]
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

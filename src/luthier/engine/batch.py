@@ -2,7 +2,9 @@
 
 Sources: the order of an epoch is a sort by SHA-256 of (seed, epoch, row id), so it is the same on every
 machine and library version, and needs no generator state to resume; packing is best-fit decreasing
-(Johnson et al. 1974) by a token budget. Everything here is a function of (rows, seed, step).
+(Johnson et al. 1974) by a token budget, which counts tokens that rows share once. Rows that share their
+beginning are packed together as far as the budget goes (`engine.trie`). Everything here is a function of
+(rows, seed, step).
 
 It does not know models, losses or time.
 """
@@ -14,9 +16,11 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
+from luthier.engine import trie
 from luthier.objectives import Batch
 from luthier.template import Encoded
 
@@ -60,33 +64,54 @@ def pack(lengths: Sequence[int], budget: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(members) for members in bins)
 
 
-def collate(rows: Sequence[Encoded]) -> Batch:
-    """Lay rows end to end. A row's first token is never a target: nothing before it predicts it."""
+def collate(rows: Sequence[Encoded], block: int = trie.BLOCK) -> Batch:
+    """Lay rows end to end, what they share only once (in blocks of `block` tokens; 0 shares nothing).
+
+    A row's first token is never a target: nothing before it predicts it.
+    """
+    tree = trie.grow([row.ids for row in rows], block)
+    lengths = [segment.stop - segment.start for segment in tree.segments]
+    starts = list(accumulate(lengths, initial=0))
     places: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
-    start = 0
     for number, row in enumerate(rows):
+        own = [at for part in tree.path(number) for at in range(starts[part], starts[part + 1])]
         learnt = [at for at in range(1, len(row.ids)) if row.mask[at]]
-        places += [start + at - 1 for at in learnt]
+        places += [own[at - 1] for at in learnt]
         targets += [row.ids[at] for at in learnt]
         owners += [number] * len(learnt)
-        start += len(row.ids)
+    shares = starts[-1] < sum(len(row.ids) for row in rows)
+    tokens = [token for part in tree.segments for token in rows[part.row].ids[part.start : part.stop]]
     return Batch(
-        ids_T=torch.tensor([token for row in rows for token in row.ids], dtype=torch.long),
-        positions_T=torch.cat([torch.arange(len(row.ids)) for row in rows]),
+        ids_T=torch.tensor(tokens, dtype=torch.long),
+        positions_T=torch.cat([torch.arange(part.start, part.stop) for part in tree.segments]),
         lengths_D=tuple(len(row.ids) for row in rows),
         places_N=torch.tensor(places, dtype=torch.long),
         targets_N=torch.tensor(targets, dtype=torch.long),
         rows_N=torch.tensor(owners, dtype=torch.long),
         rows=tuple(row.id for row in rows),
+        lengths_S=tuple(lengths) if shares else (),
+        parents_S=tuple(part.parent for part in tree.segments) if shares else (),
     )
+
+
+def bins(rows: Sequence[Encoded], budget: int) -> tuple[tuple[int, ...], ...]:
+    """The rows of each micro-batch of at most `budget` tokens: what `trie.pieces` keeps together, packed."""
+    kept = trie.pieces([row.ids for row in rows], budget)
+    packed = pack([tokens for _, tokens in kept], budget)
+    return tuple(tuple(row for piece in members for row in kept[piece][0]) for members in packed)
+
+
+def sizes(rows: Sequence[Encoded], budget: int) -> tuple[int, ...]:
+    """The tokens that each of `micro_batches` computes, without making them."""
+    trees = (trie.grow([rows[row].ids for row in members]) for members in bins(rows, budget))
+    return tuple(sum(part.stop - part.start for part in tree.segments) for tree in trees)
 
 
 def micro_batches(rows: Sequence[Encoded], budget: int) -> tuple[Batch, ...]:
     """These rows as packed micro-batches of at most `budget` tokens."""
-    bins = pack([len(row.ids) for row in rows], budget)
-    return tuple(collate([rows[number] for number in members]) for members in bins)
+    return tuple(collate([rows[number] for number in members]) for members in bins(rows, budget))
 
 
 @dataclass(frozen=True)

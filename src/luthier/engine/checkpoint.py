@@ -2,103 +2,119 @@
 
 Order of a save (as in git's object store): every file is written to a temporary folder and fsynced, the
 manifest with each SHA-256 goes last, then one rename. Tensors are safetensors, state is JSON; nothing is
-ever unpickled. Records that only grow (curve, ledger) are JSONL journals beside the checkpoints; a
-checkpoint holds their length and SHA-256, and a resume cuts them back to it.
+ever unpickled. A checkpoint leans on no other file: weights, moments, the best weights so far and all
+records (curve, ledger of rows) lie in its own folder, so damage elsewhere cannot take it along.
 
-Layout: `step-00000040/` (two newest), `best-00000025/` (what the newest ones point at), `*.jsonl`.
-It does not know what the tensors mean, nor what a step is.
+Layout: `step-00000040/`, the two newest, each with `tensors.safetensors`, `state.json` and `*.jsonl`.
+It does not know what the tensors mean, nor what a step is. There is no generator state to keep: the order
+of rows, their packing and the noise are functions of the seed and the step (`engine.batch`, `engine.loop`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from luthier import artifacts
 from luthier.errors import StoreError
 
 KEEP = 2
-_PARTIAL = "partial-"
+TENSORS, STATE = "tensors.safetensors", "state.json"
+_STEP, _PARTIAL = "step-", "partial-"
+_KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that verified: its tensors and its state, read back."""
+    """All that a training goes on from. `journals` are the bytes of its records, by file name."""
 
     step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-    best: dict[str, Tensor] | None
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    journals: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write `step-…`; `state["best"]`, if any, is the step of a `best-…` folder saved before."""
-    _write(folder, f"step-{step:08d}", tensors, {**state, "step": step})
-    _prune(folder)
-
-
-def save_best(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
-    _write(folder, f"best-{step:08d}", tensors, {"step": step})
-
-
-def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def save(folder: Path, made: Checkpoint) -> None:
+    """Write `step-…`; return when it is on disk. An older one of that step gives way."""
+    name = f"{_STEP}{made.step:08d}"
     partial, target = folder / f"{_PARTIAL}{name}", folder / name
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise StoreError(f"cannot make a checkpoint: {error.strerror}", where=str(partial)) from error
-    ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
-    try:
-        artifacts.write_bytes(partial / "tensors.safetensors", tensor_bytes(ordered))
-        artifacts.write_json(partial / "state.json", dict(state))
+        artifacts.write_chunks(partial / TENSORS, _chunks(made.tensors))
+        artifacts.write_json(partial / STATE, {**made.state, "step": made.step})
+        for journal, lines in made.journals.items():
+            artifacts.write_bytes(partial / journal, lines)
         artifacts.seal(partial)
         if target.exists():  # it was passed over at resume (damaged, or of another training)
             shutil.rmtree(target)
         artifacts.publish(partial, target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        where = str(error.filename or partial)
+        raise StoreError(f"cannot save a checkpoint: {error.strerror}", where=where) from error
     except StoreError:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
         raise
+    _prune(folder, made.step)
+
+
+def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file piece by piece, straight from the tensors' memory.
+
+    The library would build the whole file in memory while it holds the interpreter's lock, and training in
+    another thread would stand still for as long.
+    """
+    # Wide numbers first, as the library has it: a reader that maps the file needs each of them aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    whole = {name: tensors[name].detach().contiguous() for name in order}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in whole.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _KINDS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in whole.values():
+        if tensor.numel():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def newest(folder: Path, identity: str) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """The newest checkpoint of this very training that is whole, and a line for each that was skipped.
-
-    Its journals are cut back to its length as a side effect, so what follows is appended where it belongs.
-    """
+    """The newest checkpoint of this very training that is whole, and a line for each that was skipped."""
     skipped: list[str] = []
     for path in _steps(folder):
         try:
             artifacts.verify(path)
-            state = artifacts.read_json(path / "state.json")
+            state = artifacts.read_json(path / STATE)
             if state.get("identity") != identity:
                 raise StoreError("this checkpoint belongs to another training", where=str(path))
-            best = None
-            if state.get("best") is not None:
-                artifacts.verify(folder / f"best-{state['best']:08d}")
-                best = _tensors(folder / f"best-{state['best']:08d}")
-            tensors = _tensors(path)
-            for name, mark in state["journals"].items():
-                rewind(folder / name, mark)
+            found = Checkpoint(state["step"], _tensors(path / TENSORS), state, _journals(path))
         except StoreError as error:
             skipped.append(f"{path.name} skipped: {str(error).splitlines()[0]}")
             continue
-        return Checkpoint(state["step"], tensors, state, best), tuple(skipped)
+        return found, tuple(skipped)
     return None, tuple(skipped)
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    file = path / "tensors.safetensors"
+def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_tensors(file.read_bytes())
         return tensors
@@ -106,60 +122,27 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise StoreError(f"the tensors cannot be read: {error}", where=str(file)) from error
 
 
+def _journals(path: Path) -> dict[str, bytes]:
+    try:
+        return {file.name: file.read_bytes() for file in sorted(path.glob("*.jsonl"))}
+    except OSError as error:
+        where = str(error.filename or path)
+        raise StoreError(f"the records cannot be read: {error.strerror}", where=where) from error
+
+
 def _steps(folder: Path) -> list[Path]:
     """Newest first."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    found = [path for path in folder.glob(f"{_STEP}*") if path.name.removeprefix(_STEP).isdigit()]
     return sorted(found, reverse=True)
 
 
-def _prune(folder: Path) -> None:
-    """Keep the newest two and the best ones that they point at; drop what a kill left half written."""
-    kept = _steps(folder)[:KEEP]
-    wanted = {path.name for path in kept}
-    for path in kept:
-        try:
-            best = artifacts.read_json(path / "state.json").get("best")
-        except StoreError:
-            continue  # a resume passes over a damaged one; it must not stop a sound one from being kept
-        if best is not None:
-            wanted.add(f"best-{best:08d}")
+def _prune(folder: Path, step: int) -> None:
+    """Keep the newest two up to `step`; drop the rest and what a kill left half written.
+
+    A later one was passed over when this training resumed: kept, it would push out a sound one.
+    """
+    past = [path for path in _steps(folder) if int(path.name.removeprefix(_STEP)) <= step]
+    kept = {path.name for path in past[:KEEP]}
     for path in folder.iterdir():
-        if path.is_dir() and path.name not in wanted and path.name.startswith(("step-", "best-", _PARTIAL)):
+        if path.is_dir() and path.name not in kept and path.name.startswith((_STEP, _PARTIAL)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-# ---- journals ----------------------------------------------------------------------------------------
-
-
-def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines. They count once a checkpoint holds a mark behind them."""
-    try:
-        with open(path, "ab") as file:
-            file.writelines(artifacts.canonical(record) + b"\n" for record in records)
-    except OSError as error:
-        raise StoreError(f"cannot append to it: {error.strerror}", where=str(path)) from error
-
-
-def mark(path: Path) -> dict[str, Any]:
-    """Make a journal durable and say how long it is and what is in it."""
-    try:
-        with open(path, "ab+") as file:
-            os.fsync(file.fileno())
-            file.seek(0)
-            data = file.read()
-    except OSError as error:
-        raise StoreError(f"cannot keep it: {error.strerror}", where=str(path)) from error
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def rewind(path: Path, to: Mapping[str, Any]) -> None:
-    """Cut a journal back to a mark; `StoreError` if what lies before it is not what was marked."""
-    try:
-        data = path.read_bytes() if path.exists() else b""
-        head = data[: to["bytes"]]
-        if hashlib.sha256(head).hexdigest() != to["sha256"]:
-            raise StoreError("the journal is not what the checkpoint saw", where=str(path))
-        if len(data) != len(head):
-            artifacts.write_bytes(path, head)
-    except OSError as error:
-        raise StoreError(f"cannot read it back: {error.strerror}", where=str(path)) from error

@@ -76,7 +76,7 @@ def batch_logps(model: Any, batch: Batch, tile: int = TILE) -> Tensor:
     output = model.get_decoder()(
         input_ids=batch.ids_T[None],
         position_ids=batch.positions_T[None],
-        documents=Documents.of(batch.lengths_D),
+        documents=Documents.of(batch.lengths_S or batch.lengths_D, batch.parents_S),
         use_cache=False,
     )
     hidden_N_E = output.last_hidden_state[0].index_select(0, batch.places_N)

@@ -4,8 +4,13 @@ Sources: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) through torch; warm-
 clipping by global norm (Pascanu et al. 2013, arXiv 1211.5063). Losses are sums over a whole optimiser
 step divided by its loss units, so a step split into k micro-batches is the step in one batch.
 
-What step k does depends on the weights, the optimiser's moments and k alone: the rows come from
-`batches(k)`, dropout noise from a seed of (seed, k). It does not know files, validation or time limits.
+A step is sick when no token of it has a loss, its loss or gradient is not a finite number, or its loss is a
+spike: above `spike` times the median of the last `WINDOW` losses learnt from (judged from the `FIRST`th on,
+and only while that median is above 0). It is never learnt from: it stops the training, or is skipped.
+
+What step k does depends on the weights, the optimiser's moments, k and, if spikes are judged, those losses:
+the rows come from `batches(k)`, dropout noise from a seed of (seed, k). An objective that raises leaves
+weights and moments as the step before left them. It does not know files, validation or time limits.
 Bits may differ between thread counts, between splits into micro-batches, and between kinds of CPU.
 """
 
@@ -14,8 +19,10 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -27,6 +34,13 @@ from luthier.objectives import Batch, Loss
 
 Objective = Callable[[Tensor, Tensor | None, Batch], Loss]
 Batches = Callable[[int], Sequence[Batch]]
+
+WINDOW = 32
+FIRST = 8
+
+
+class Sick(TrainError):
+    """A step that must not be learnt from."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +54,37 @@ class Settings:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.0
     clip: float = 1.0
+    on_sick: Literal["stop", "skip"] = "stop"
+    spike: float | None = None
     tile: int = TILE
 
 
 @dataclass(frozen=True)
+class Past:
+    """What a restart follows: how many steps are done, and the last `WINDOW` losses learnt from."""
+
+    step: int = 0
+    losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Step:
-    """One finished optimiser step. `loss` is the mean over its loss units, `grad_norm` is before clipping."""
+    """One finished optimiser step. `loss` is the mean over its loss units, `grad_norm` is before clipping.
+
+    `sick` says why nothing was learnt from a step that was skipped; its loss and norm mean nothing then.
+    `tokens` are the rows' own, `computed_tokens` those left where rows share their beginning.
+    """
 
     step: int
     loss: float
     lr: float
     grad_norm: float
     tokens: int
+    computed_tokens: int
     loss_tokens: int
     seconds: float
     rows: tuple[str, ...]
+    sick: str | None = None
 
 
 def rate(step: int, settings: Settings) -> float:
@@ -84,26 +114,33 @@ def train(
     objective: Objective,
     adam: torch.optim.AdamW,
     settings: Settings,
-    start: int = 0,
+    past: Past = Past(),
 ) -> Iterator[Step]:
-    """Do steps start + 1 … steps, yielding each when the weights have moved."""
-    weights = list(trained(model).values())
-    for step in range(start + 1, settings.steps + 1):
+    """Do the steps after `past`, yielding each when the weights have moved, or were left as they are."""
+    losses = deque(past.losses, maxlen=WINDOW)
+    for step in range(past.step + 1, settings.steps + 1):
         began = time.perf_counter()
         micros = batches(step)
         rows = tuple(row for micro in micros for row in micro.rows)
-        total, count = _gradients(model, micros, objective, (step, rows), settings)
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip))
-        if not math.isfinite(norm):
-            raise _sick(f"the gradient of step {step} is {norm}", rows)
-        for group in adam.param_groups:
-            group["lr"] = rate(step, settings)
-        adam.step()
+        loss, norm = math.nan, math.nan
+        sick: str | None = None
+        try:
+            loss, norm = _gradients(model, micros, objective, (step, rows, losses), settings)
+        except Sick as found:
+            if settings.on_sick == "stop":
+                raise
+            sick = found.what
+        else:
+            losses.append(loss)
+            for group in adam.param_groups:
+                group["lr"] = rate(step, settings)
+            adam.step()
         yield Step(
-            step=step, loss=total / count, lr=rate(step, settings), grad_norm=norm,
-            tokens=sum(len(micro.ids_T) for micro in micros),
+            step=step, loss=loss, lr=rate(step, settings), grad_norm=norm,
+            tokens=sum(sum(micro.lengths_D) for micro in micros),
+            computed_tokens=sum(len(micro.ids_T) for micro in micros),
             loss_tokens=sum(len(micro.targets_N) for micro in micros),
-            seconds=time.perf_counter() - began, rows=rows,
+            seconds=time.perf_counter() - began, rows=rows, sick=sick,
         )  # fmt: skip
 
 
@@ -111,11 +148,11 @@ def _gradients(
     model: Any,
     micros: Sequence[Batch],
     objective: Objective,
-    at: tuple[int, tuple[str, ...]],
+    at: tuple[int, tuple[str, ...], Sequence[float]],
     settings: Settings,
-) -> tuple[float, int]:
-    """Accumulate the gradient of the step's mean loss; return the loss sum and its count."""
-    step, rows = at
+) -> tuple[float, float]:
+    """Accumulate the clipped gradient of the step's mean loss; return that loss and the norm before."""
+    step, rows, losses = at
     units = sum(len(micro.targets_N) for micro in micros)
     if units == 0:
         raise _sick(f"no token of step {step} has a loss, so there is nothing to learn", rows)
@@ -133,18 +170,25 @@ def _gradients(
                 raise _sick(f"the loss of step {step} is {value}", micro.rows)
             loss.total.backward()  # type: ignore[no-untyped-call]
             total, count = total + value, count + loss.count
-    for weight in trained(model).values():
+    usual = median(losses) if settings.spike and len(losses) >= FIRST else 0.0
+    if settings.spike and usual > 0 and total / count > settings.spike * usual:
+        raise _sick(f"the loss of step {step} is {total / count:.4g}, of those before it {usual:.4g}", rows)
+    weights = list(trained(model).values())
+    for weight in weights:
         if weight.grad is not None:
             weight.grad.div_(count)
-    return total, count
+    norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip))
+    if not math.isfinite(norm):
+        raise _sick(f"the gradient of step {step} is {norm}", rows)
+    return total / count, norm
 
 
-def _sick(what: str, rows: Sequence[str]) -> TrainError:
+def _sick(what: str, rows: Sequence[str]) -> Sick:
     shown = ", ".join(rows[:32]) + (f" and {len(rows) - 32} more" if len(rows) > 32 else "")
-    return TrainError(
+    return Sick(
         f"{what}; nothing was learnt from it",
         where=f"rows {shown}",
-        hint="look at these rows; if they are sound, lower `lr` or raise `warmup`",
+        hint="look at these rows; if they are sound, lower `lr` or raise `warmup`, or set `on_sick: skip`",
     )
 
 
@@ -166,29 +210,39 @@ def mean_loss(
         yield total, count
 
 
-def snapshot(model: torch.nn.Module, adam: torch.optim.AdamW) -> dict[str, Tensor]:
-    """All that the next step depends on, except its number: weights that move, and their moments."""
+def moving(model: torch.nn.Module, adam: torch.optim.AdamW) -> dict[str, Tensor]:
+    """All that the next step depends on, except its number: weights that move, moments, and their count.
+
+    These are the tensors themselves: the next step changes them.
+    """
     tensors: dict[str, Tensor] = {}
     for name, weight in trained(model).items():
-        tensors[f"weight:{name}"] = weight.detach().clone()
+        state = adam.state.get(weight, {})
+        tensors[f"weight:{name}"] = weight.detach()
+        tensors[f"moves:{name}"] = state.get("step", torch.tensor(0.0))
         for kind in ("exp_avg", "exp_avg_sq"):
-            moment = adam.state[weight].get(kind)
-            tensors[f"{kind}:{name}"] = torch.zeros_like(weight) if moment is None else moment.clone()
+            moment = state.get(kind)
+            tensors[f"{kind}:{name}"] = torch.zeros_like(weight) if moment is None else moment
     return tensors
 
 
-def restore(model: torch.nn.Module, adam: torch.optim.AdamW, tensors: dict[str, Tensor], step: int) -> None:
-    """Put a snapshot of finished step `step` back, bit for bit."""
+def snapshot(model: torch.nn.Module, adam: torch.optim.AdamW) -> dict[str, Tensor]:
+    """A copy of what moves."""
+    return {name: tensor.detach().clone() for name, tensor in moving(model, adam).items()}
+
+
+def restore(model: torch.nn.Module, adam: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
+    """Put a snapshot back, bit for bit."""
     put_weights(model, tensors)
     for name, weight in trained(model).items():
         adam.state[weight] = {
-            "step": torch.tensor(float(step)),
+            "step": tensors[f"moves:{name}"].clone(),
             "exp_avg": tensors[f"exp_avg:{name}"].clone(),
             "exp_avg_sq": tensors[f"exp_avg_sq:{name}"].clone(),
         }
 
 
-def put_weights(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def put_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Set what moves to the `weight:` tensors; names and shapes must agree exactly."""
     weights = trained(model)
     given = {

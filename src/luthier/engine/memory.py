@@ -1,13 +1,14 @@
 """How many bytes training takes, by kind, before it takes them; and how many it took.
 
-Sources: the shapes in the model's configuration; per token of a micro-batch, what autograd keeps of one
-decoder layer with low-rank adapters on a frozen base (counted from transformers' layer and PEFT's forward,
-which keeps a float32 copy of every adapted linear's input); Adam's two moments (Kingma & Ba 2015).
+Sources: the shapes in the model's configuration; per token of a micro-batch, what `engine.fused` and
+`engine.attention` keep of one decoder layer with low-rank adapters on a frozen base; Adam's two moments
+(Kingma & Ba 2015, arXiv 1412.6980).
 Peaks are read from the kernel (`VmHWM`, proc(5)).
 
-The heap is the coarsest term: micro-batches differ in size from step to step, so freed blocks seldom fit the
-next tensor, and glibc keeps them. Measured on a 135M model: 1.5 to 2.1 times the bytes that are really held
-(handing them back costs more in page faults than it is worth). Steps of equal size fragment far less.
+`FRAGMENTATION` is the coarsest term. Micro-batches differ in size from step to step, so freed blocks seldom
+fit the next tensor and glibc keeps them; and the matrix library keeps a compiled product for each shape it
+met (docs/LOG.md, 2026-11-22), which was taken for the heap's doing when this factor was set. It has not been
+fitted again since.
 
 It does not know gradient checkpointing, experts or GPUs.
 """
@@ -23,7 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FRAGMENTATION = 0.9  # of the activations: freed blocks that the heap keeps but cannot use again
+from luthier.engine.attention import SHORT
+
+FRAGMENTATION = 0.9  # of the activations: what is kept beside them and cannot be used for them
 SLACK = 0.03  # of everything else: allocator rounding, thread buffers of the matrix library
 PROCESS_BYTES = 550_000_000  # Python with torch, transformers and PEFT loaded, before any weight
 FLOAT32 = 4
@@ -79,26 +82,32 @@ class Forecast:
         return {**asdict(self), "total": self.total}
 
 
-def token_bytes(shape: Shape) -> int:
+def token_bytes(shape: Shape, longest: int) -> int:
     """What one token of a micro-batch keeps alive from the forward to the backward pass."""
     d, ff, c = shape.width, shape.inner, shape.weight_bytes
     q, kv = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    norms = 2 * (FLOAT32 * d + c * d)  # each: its float32 input, its normalised output
-    inputs = FLOAT32 * (5 * d + q + ff)  # float32 inputs of q, k, v, gate, up; of o; of down
-    attention = c * (2 * q + 2 * kv)  # q, k, v and the output
-    gated = c * 3 * ff  # gate, up, and their activation
-    return shape.layers * (norms + inputs + attention + gated)
+    norms = 2 * (c * d + c * d + FLOAT32)  # each: its input, its output, one scale
+    attention = c * (2 * q + 2 * kv)  # q, k, v as they were multiplied, and the output
+    weights = c * shape.heads * longest if longest <= SHORT else 0  # probabilities of short documents
+    return shape.layers * (norms + attention + weights + c * 2 * ff)  # gate and up
 
 
-def transient_bytes(shape: Shape) -> int:
+def transient_bytes(shape: Shape, longest: int) -> int:
     """What one token needs on top, for a moment, in the widest layer's backward pass."""
-    return FLOAT32 * (3 * shape.inner + 4 * shape.width)
+    gated = shape.weight_bytes * 4 * shape.inner  # the hidden layer, its gradient, that of gate and up
+    scores = shape.heads * longest * (FLOAT32 + 2 * shape.weight_bytes)
+    return max(gated, scores) + 4 * shape.weight_bytes * shape.width
 
 
-def forecast(shape: Shape, trainable: int, micro_tokens: int, loss_rows: int) -> Forecast:
-    """The peak of a training process; `loss_rows` is how many rows of logits are alive at once."""
+def forecast(shape: Shape, trainable: int, tokens: tuple[int, int], loss_rows: int) -> Forecast:
+    """The peak of a training process.
+
+    tokens:    of the largest micro-batch, and of the longest document.
+    loss_rows: how many rows of logits are alive at once.
+    """
     adapters = FLOAT32 * trainable
-    activations = micro_tokens * (token_bytes(shape) + transient_bytes(shape))
+    micro_tokens, longest = tokens
+    activations = micro_tokens * (token_bytes(shape, longest) + transient_bytes(shape, longest))
     known = {
         "process": PROCESS_BYTES,
         "weights": shape.parameters * shape.weight_bytes,
@@ -108,7 +117,7 @@ def forecast(shape: Shape, trainable: int, micro_tokens: int, loss_rows: int) ->
         "activations": activations,
         "fragmentation": round(FRAGMENTATION * activations),
         "head": loss_rows * shape.vocabulary * (2 * FLOAT32 + shape.weight_bytes),
-        "checkpoint": 7 * adapters,  # a copy of weights and moments, its file's bytes, and the best weights
+        "checkpoint": 4 * adapters,  # a copy of weights and moments, and the best weights
     }
     return Forecast(**known, slack=round(SLACK * sum(known.values())))
 

@@ -24,8 +24,8 @@ def serve(
 ) -> None:
     """Serve the releases of a home until SIGTERM or Ctrl-C, following alias moves at once.
 
-    `announce({"url", "key"})` is called when requests will be answered. Port 0 takes a free one; without
-    a `key` a new one is made, and known to nobody but who hears the announcement.
+    `announce({"url", "key", "models"})` is called when requests will be answered. Port 0 takes a free one;
+    without a `key` a new one is made, and known to nobody but who hears the announcement.
     """
     from luthier.home import Home
     from luthier.http import server

@@ -40,7 +40,7 @@ BODY = {"requestBody": {"required": True, "content": {"application/json": {"sche
 def create_app(service: Service, key: str) -> FastAPI:
     """The ASGI app over a started service; every route but /health asks for `key`."""
     app = FastAPI(
-        title="luthier", docs_url=None, redoc_url=None
+        title="luthier", docs_url=None, redoc_url=None, redirect_slashes=False
     )  # the docs pages would load scripts from afar
     app.add_middleware(Guard, key_sha256=fingerprint(key))
     app.add_exception_handler(LuthierError, _refused)

@@ -44,7 +44,7 @@ class Door:
 
 
 def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, Any]], None]) -> None:
-    """Serve until a signal or `door.stop`; `announce({"url", "key"})` once requests will be answered."""
+    """Serve until a signal or `door.stop`; `announce({"url", "key", "models"})` once ready to answer."""
     if door.key is not None and len(door.key) < 8:
         raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
     key = door.key or new_key()
@@ -62,7 +62,9 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
             proxy_headers=False,
             timeout_graceful_shutdown=math.ceil(door.limits.grace_s) + 5,
         )
-        ready = {"url": _url(claimed), "key": key}
+        listed = service.router.listed()
+        models = [entry.model for entry in listed if not entry.model.endswith(entry.release.digest)]
+        ready = {"url": _url(claimed), "key": key, "models": models}
         asyncio.run(_live(uvicorn.Server(config), claimed, service, door, lambda: announce(ready)))
 
 

@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 class Batch:
     """Documents (D) laid end to end (T tokens, no padding) and the tokens to be learnt (N of them).
 
+    Documents that begin alike may share segments (S), each laid out once; then T is less than their sum.
+
     ids_T, positions_T:  the tokens, and their place in their own document.
-    lengths_D:           tokens of each document; they sum to T.
-    places_N:            where in T the hidden state lies that predicts a target (one before the target).
+    lengths_D:           tokens of each document, shared or not.
+    places_N:            where in T the hidden state lies that predicts a target (one before the target);
+                         documents that share it may each have a target there.
     targets_N, rows_N:   the token to predict there, and the number of its document.
     rows:                id of each document's row.
+    lengths_S:           tokens of each segment; they sum to T. Empty: nothing is shared.
+    parents_S:           number of the segment that each one follows; -1 where a document begins.
     """
 
     ids_T: Tensor
@@ -34,6 +39,8 @@ class Batch:
     targets_N: Tensor
     rows_N: Tensor
     rows: tuple[str, ...]
+    lengths_S: tuple[int, ...] = ()
+    parents_S: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def _existing(root: Path, name: str) -> Path:
             where=str(path),
             hint="relative paths start at the recipe's folder",
         )
+    if not path.is_file() and not path.is_dir():
+        raise FetchError("neither a file nor a folder, but a pipe, a socket or a device", where=str(path))
     return path
 
 

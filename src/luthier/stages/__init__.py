@@ -5,8 +5,8 @@ and knows no store, no run and no other stage; `pipeline` hashes, reuses, record
 What depends on the clock or the host (seconds, memory, latencies) goes below `out/observed/`, which is
 kept and verified but is not part of an artefact's digest.
 
-A stage module declares `VERSION`, `NEEDS` (names of the stages it reads), `run`, and may declare
-`external(section, root) -> {name: digest}` for content outside the store that it depends on.
+What the pipeline must know of a stage before it runs stands in `STAGES`, so that a stage which is reused is
+not even imported (torch and transformers take seconds).
 """
 
 from __future__ import annotations
@@ -16,7 +16,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ORDER = ("data", "model", "plan", "train", "evaluate", "release", "monitor")
+
+@dataclass(frozen=True)
+class Declared:
+    """What a stage is to the pipeline.
+
+    version:        raised when the stage would make something else of the same input.
+    needs:          the stages whose artefacts it reads.
+    external:       it offers `external(section, root) -> {name: digest}`, content it reads outside the store.
+    named:          the recipe's name is part of what it makes.
+    wants_champion: it is also handed the release in production.
+    saves_on_stop:  asked to stop, it saves its work first; others are interrupted at once.
+    """
+
+    version: int
+    needs: tuple[str, ...] = ()
+    external: bool = False
+    named: bool = False
+    wants_champion: bool = False
+    saves_on_stop: bool = False
+
+
+STAGES = {
+    "data": Declared(version=1, external=True),
+    "model": Declared(version=1, needs=("data",), external=True),
+    "plan": Declared(version=2, needs=("data", "model")),
+    "train": Declared(version=2, needs=("data", "model", "plan"), saves_on_stop=True),
+    "evaluate": Declared(version=1, needs=("data", "model", "plan", "train")),
+    "release": Declared(
+        version=1, needs=("data", "model", "plan", "train", "evaluate"), named=True, wants_champion=True
+    ),
+    "monitor": Declared(version=1, needs=("evaluate",), named=True),
+}
+ORDER = tuple(STAGES)
 
 
 @dataclass(frozen=True)
@@ -39,7 +71,7 @@ class Inputs:
     """What a stage is handed.
 
     name:      the recipe's name, which is the model's name.
-    artefacts: sealed folder of each stage in `NEEDS`, and `champion` (the release in production) if any.
+    artefacts: sealed folder of each stage this one `needs`, and `champion` (what is in production) if any.
     digests:   the content digest of each of those artefacts, by the same names.
     root:      the recipe's folder; relative paths in the recipe start here.
     cache:     downloads and conversions, addressed by digest; deleting it costs time, never truth.

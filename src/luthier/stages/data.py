@@ -23,8 +23,6 @@ from luthier.rows import Chat, Message, dicts
 from luthier.sources import _form, _licence, _records
 from luthier.stages import Event, Inputs
 
-VERSION = 1
-NEEDS: tuple[str, ...] = ()
 SPLITS = ("train", "validation", "test")
 RANKED = ("test", "validation", "train")
 LABELS = (*SPLITS, "all")

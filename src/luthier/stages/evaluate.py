@@ -29,8 +29,6 @@ from luthier.errors import DataError, Interrupted
 from luthier.rows import Chat, Message, chat
 from luthier.stages import Event, Inputs
 
-VERSION = 1
-NEEDS = ("data", "model", "plan", "train")
 TUNED = "tuned"
 LIKELIHOOD_ROWS = 500  # a proxy figure; beyond this only its third digit would move
 

@@ -19,8 +19,6 @@ from luthier.rows import Chat, chat
 from luthier.sources import _licence, _weights
 from luthier.stages import Event, Inputs
 
-VERSION = 1
-NEEDS = ("data",)
 LABEL = "model"
 SPLITS = ("train", "validation", "test")
 

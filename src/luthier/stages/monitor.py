@@ -13,10 +13,6 @@ from typing import Any
 from luthier import artifacts, statistics
 from luthier.stages import Inputs
 
-VERSION = 1
-NEEDS = ("evaluate",)
-NAMED = True
-
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     baseline = artifacts.read_json(inputs.artefacts["evaluate"] / "observed" / "efficiency.json")

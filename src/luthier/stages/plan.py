@@ -21,18 +21,16 @@ import torch
 
 from luthier import artifacts, template
 from luthier.engine import base as bases
-from luthier.engine import batch, head, host, memory
+from luthier.engine import batch, fused, head, host, kernels, memory
 from luthier.errors import DataError, PlanError
 from luthier.objectives import Batch
 from luthier.rows import Chat, chat
 from luthier.stages import Event, Inputs
 from luthier.template import Encoded
 
-VERSION = 1
-NEEDS = ("data", "model")
-
 MICRO_TOKENS = 2048  # more does not train faster on a CPU: its matrix units are busy long before
 FREE_SHARE = 0.85  # of free memory, when the recipe sets no budget
+COMPILE_ABOVE = 1e13  # parameters x tokens: from some minutes of training on, compiling's half minute pays
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,12 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     threads = min(budget.threads or machine.cores, machine.cores)
     torch.set_num_threads(threads)
     inputs.tell(Event("plan", "timing a few real micro-batches"))
-    pace, gap = _pace(phase, inputs, work, dtype)
-    memory.release()
     tokens = sum(len(row.ids) for step in _steps(work) for row in step)
-    minutes = _minutes(phase, work, tokens, pace)
+    compiled = work.shape.parameters * tokens >= COMPILE_ABOVE and kernels.can_compile()
+    pace, gap = _pace(phase, inputs, work, (dtype, compiled))
+    memory.release()
+    computed = sum(sum(batch.sizes(step, micro_tokens)) for step in _steps(work))
+    minutes = _minutes(phase, work, computed, pace)
     if budget.minutes is not None and minutes > budget.minutes:
         raise PlanError(
             f"training would take about {minutes:.1f} minutes; the budget is {budget.minutes:g}",
@@ -72,13 +72,15 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
             f"or plan.minutes: {math.ceil(minutes)}",
         )
     decisions = _decisions(phase, work, tokens) | {
-        "threads": threads, "dtype": dtype, "micro_tokens": micro_tokens, "largest_micro_batch": largest,
+        "computed_tokens": computed,
+        "threads": threads, "dtype": dtype, "compiled": compiled,
+        "micro_tokens": micro_tokens, "largest_micro_batch": largest,
     }  # fmt: skip
     artifacts.write_json(out / "plan.json", decisions)
     predicted = {"peak_gb": round(forecast.total / 1e9, 3), "minutes": round(minutes, 4)}
     seen = {
         "bytes": forecast.as_dict(), "budget_gb": round(allowed / 1e9, 3), "packing_gap": gap,
-        "tokens_per_s": round(pace[0], 1), "validation_tokens_per_s": round(pace[1], 1),
+        "tokens_per_s": round(pace[0] * tokens / computed, 1), "validation_tokens_per_s": round(pace[1], 1),
         "host": machine.as_dict(),
     }  # fmt: skip
     (out / "observed").mkdir(exist_ok=True)
@@ -141,14 +143,15 @@ def _steps(work: Work) -> list[list[Encoded]]:
 
 def _fit(work: Work, allowed: int) -> tuple[int, int, memory.Forecast]:
     """The token budget of a micro-batch within the memory allowed, the largest that comes, its forecast."""
-    lengths = [[len(row.ids) for row in step] for step in _steps(work)]
-    longest = max(max(step) for step in lengths)
+    steps = _steps(work)
+    longest = max(len(row.ids) for step in steps for row in step)
 
     def largest(budget: int) -> int:
-        return max(sum(step[row] for row in bin_) for step in lengths for bin_ in batch.pack(step, budget))
+        return max(size for step in steps for size in batch.sizes(step, budget))
 
     def forecast(tokens: int) -> memory.Forecast:
-        return memory.forecast(work.shape, work.trainable, tokens, min(head.TILE, tokens))
+        sizes = (tokens, min(longest, tokens))
+        return memory.forecast(work.shape, work.trainable, sizes, min(head.TILE, tokens))
 
     budget = MICRO_TOKENS
     while True:
@@ -175,12 +178,16 @@ def _too_big(work: Work, allowed: int, forecast: Any) -> PlanError:
     )
 
 
-def _pace(phase: Any, inputs: Inputs, work: Work, dtype: str) -> tuple[tuple[float, float], float]:
+def _pace(
+    phase: Any, inputs: Inputs, work: Work, numerics: tuple[str, bool]
+) -> tuple[tuple[float, float], float]:
     """(tokens/s of training, tokens/s of validation) on the real model, and how far packing is from plain."""
+    dtype, compiled = numerics
     model = bases.load(inputs.artefacts["model"] / "base", dtype)
     first = _steps(replace(work, steps=1))[0]
     gap = bases.prove(model, sorted(first, key=lambda row: len(row.ids))[:: max(1, len(first) - 1)][:2])
     model = phase.method.module.attach(model, phase.method.params, inputs.seed)
+    fused.fuse(model, kernels.kernels(compiled))
     micros = work.loader(1)
     params = phase.objective.params
 
@@ -204,10 +211,10 @@ def _rate(micros: Sequence[Batch], work: Any) -> float:
     return sum(len(micro.ids_T) for micro in micros) / (time.perf_counter() - began)
 
 
-def _minutes(phase: Any, work: Work, tokens: int, pace: tuple[float, float]) -> float:
+def _minutes(phase: Any, work: Work, computed: int, pace: tuple[float, float]) -> float:
     looks = (1 + math.ceil(work.steps / phase.validation.every)) if work.validation else 0
-    looked_at = looks * sum(len(row.ids) for row in work.validation)
-    return (tokens / pace[0] + looked_at / pace[1]) / 60
+    looked_at = looks * sum(batch.sizes(work.validation, work.loader.micro_tokens))
+    return (computed / pace[0] + looked_at / pace[1]) / 60
 
 
 def _decisions(phase: Any, work: Work, tokens: int) -> dict[str, Any]:

@@ -22,13 +22,9 @@ from luthier.engine.generate import Runtime, Sampling
 from luthier.errors import Interrupted, LuthierError
 from luthier.gates import Evidence, Verdict
 from luthier.rows import chat
-from luthier.stages import Event, Inputs
+from luthier.stages import STAGES, Event, Inputs
 from luthier.store import RequestRecord
 
-VERSION = 1
-NEEDS = ("data", "model", "plan", "train", "evaluate")
-WANTS_CHAMPION = True
-NAMED = True
 PROBES = 500  # the most any gate may ask for
 REHEARSAL = 20  # probes answered whatever the gates ask for
 
@@ -92,7 +88,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         "accepted": accepted,
         "verdicts": verdicts,
         "champion": inputs.digests.get("champion"),
-        **{stage: inputs.digests[stage] for stage in NEEDS},
+        **{stage: inputs.digests[stage] for stage in STAGES["release"].needs},
         "base": card["base"]["digest"],
         "base_model_relation": "adapter",
     }
@@ -193,7 +189,7 @@ def _card(section: Any, inputs: Inputs, evidence: Evidence, verdicts: list[dict[
             "paired": card["paired"],
         },
         "gates": [{key: verdict[key] for key in ("gate", "passed", "reason")} for verdict in verdicts],
-        "lineage": {stage: inputs.digests[stage] for stage in NEEDS},
+        "lineage": {stage: inputs.digests[stage] for stage in STAGES["release"].needs},
     }
 
 

@@ -2,8 +2,12 @@
 
 The `for` below is all there is around `engine.loop`: it keeps the curve and the ledger of rows, looks at
 held-out loss (at step 0, every few steps and at the end), keeps the best adapter, saves checkpoints in
-`scratch`, stops early or when asked. Killed and started again, it leaves the bytes that an uninterrupted run
-leaves: what follows a checkpoint depends on the checkpoint alone.
+`scratch` while training goes on, stops early or when asked: between two micro-batches, dropping the step that
+is not finished. Killed and started again, it leaves the bytes that an uninterrupted run leaves: what follows
+a checkpoint depends on the checkpoint alone.
+
+A sick step stops the training or, by the recipe's `on_sick`, is skipped and stands in the ledger with its
+reason. So many in a row are not the rows' fault and stop it all the same.
 
 The adapter it leaves is the one with the best held-out loss (the last one where there are no validation
 rows). It does not know what the loss is, which weights move, or how good the answers are.
@@ -11,9 +15,11 @@ rows). It does not know what the loss is, which weights move, or how good the an
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,20 +29,24 @@ from torch import Tensor
 
 from luthier import artifacts, template
 from luthier.engine import base as bases
-from luthier.engine import batch, checkpoint, loop, memory
+from luthier.engine import batch, checkpoint, fused, kernels, loop, memory
+from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
 from luthier.objectives import Batch
 from luthier.rows import chat
 from luthier.stages import Event, Inputs
 from luthier.template import Encoded
 
-VERSION = 1
-NEEDS = ("data", "model", "plan")
-SAVES_ON_STOP = True
-
-CURVE, VALIDATION, LEDGER, TIMINGS = "curve.jsonl", "validation.jsonl", "ledger.jsonl", "timings.jsonl"
-JOURNALS = (CURVE, VALIDATION, LEDGER, TIMINGS)
+CURVE, VALIDATION, LEDGER = "curve.jsonl", "validation.jsonl", "ledger.jsonl"
+TIMINGS, SAVES = "timings.jsonl", "saves.jsonl"  # what the clock says: they go to `observed/`
+JOURNALS = (CURVE, VALIDATION, LEDGER, TIMINGS, SAVES)
+BEST = "best:"  # a checkpoint's tensors of this prefix are the best weights so far
 EDGE = 5  # `loss_first` and `loss_last` are means over this many steps
+IN_A_ROW = 8  # so many sick steps, one after the other, and it is not the rows
+
+
+class _Asked(Exception):
+    """Someone asked to stop while a micro-batch was at work."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,24 @@ class Progress:
     best: int | None = None
     best_loss: float | None = None
     misses: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
     seconds: float = 0.0
     peak_rss_bytes: int = 0
     saved: int = -1
+    late: bool = False
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    journals: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in JOURNALS})
 
     def state(self) -> dict[str, Any]:
-        names = ("looked", "best", "best_loss", "misses", "seconds", "peak_rss_bytes")
+        names = ("looked", "best", "best_loss", "misses", "skipped", "in_a_row", "seconds", "peak_rss_bytes")
         return {name: getattr(self, name) for name in names}
+
+    def note(self, journal: str, record: Mapping[str, Any]) -> None:
+        self.journals[journal] += artifacts.canonical(record) + b"\n"
+
+    def noted(self, journal: str) -> list[Any]:
+        return [json.loads(line) for line in self.journals[journal].splitlines()]
 
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
@@ -82,36 +102,44 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     memory.forget_peak()
     work = _prepare(section[0], plan, inputs)
     progress = _resume(work)
+    with Saver(work.folder) as saver:
+        _descend(work, progress, saver)
+    if progress.best_weights:
+        loop.put_weights(work.model, progress.best_weights)
+    return _leave(work, progress, plan, inputs, out)
+
+
+def _descend(work: Work, progress: Progress, saver: Saver) -> None:
+    """Every step that is left, and between two of them: look at held-out loss, save, leave if asked to."""
     began = time.monotonic() - progress.seconds
 
     def pause() -> None:
-        """Between two steps: look at held-out loss, save, and leave if asked to."""
         progress.seconds = time.monotonic() - began
         progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory.peak_rss_bytes())
+        _note_save(progress, saver, wait=False)
         looked = _look(work, progress)
         ended = looked and (progress.step == work.settings.steps or _given_up(work, progress))
         asked = not ended and work.stopping()
-        if asked or ended or progress.step % work.phase.checkpoint_every == 0:
-            _save(work, progress)
+        if asked or ended or progress.late or progress.step % work.phase.checkpoint_every == 0:
+            _save(work, progress, saver, wait=asked or ended)
         if asked:
             raise Interrupted(
                 f"training stopped at step {progress.step} of {work.settings.steps}; everything is saved",
                 hint="run the same command again: it goes on from here",
             )
 
-    pause()
-    if not _given_up(work, progress):
-        for step in loop.train(
-            work.model, work.loader, work.objective, work.adam, work.settings, start=progress.step
-        ):
-            _record(work, progress, step, time.monotonic() - began)
-            pause()
-            if _given_up(work, progress):
-                break
+    try:
+        pause()
+        if not _given_up(work, progress):
+            past = loop.Past(progress.step, tuple(row["loss"] for row in progress.noted(CURVE)))
+            for step in loop.train(work.model, work.loader, work.objective, work.adam, work.settings, past):
+                _record(work, progress, step, time.monotonic() - began)
+                pause()
+                if _given_up(work, progress):
+                    break
+    except _Asked:
+        pause()
     progress.seconds = time.monotonic() - began
-    if progress.best_weights:
-        loop.put_weights(work.model, progress.best_weights)
-    return _leave(work, progress, plan, inputs, out)
 
 
 def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
@@ -127,10 +155,13 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
     looked = batch.order(tuple(record["id"] for record in held_out), inputs.seed, "validation")
     looked = looked[: phase.validation.rows]
     encoded = _encode(tokenizer, [rows[row] for row in needed])
+    if inputs.stopping():
+        raise Interrupted("training stopped before it began", hint="run the same command again")
     model = method.module.attach(bases.load(base, plan["dtype"]), method.params, inputs.seed)
+    fused.fuse(model, kernels.kernels(plan["compiled"]))
     settings = loop.Settings(
         steps=plan["steps"], lr=phase.lr, seed=inputs.seed, warmup=phase.warmup, schedule=phase.schedule,
-        weight_decay=phase.weight_decay, clip=phase.clip,
+        weight_decay=phase.weight_decay, clip=phase.clip, on_sick=phase.on_sick, spike=phase.spike,
     )  # fmt: skip
     micro_tokens = plan["micro_tokens"]
     return Work(
@@ -140,9 +171,7 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
             ids, dict(zip(needed, encoded, strict=True)), phase.batch, micro_tokens, inputs.seed
         ),
         held_out=batch.micro_batches(_encode(tokenizer, [held_out[row] for row in looked]), micro_tokens),
-        objective=lambda policy, reference, micro: objective.module.loss(
-            policy, reference, micro, objective.params
-        ),
+        objective=_interruptible(objective, inputs.stopping),
         settings=settings,
         phase=phase,
         folder=inputs.scratch / "checkpoints",
@@ -152,6 +181,17 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
         stopping=inputs.stopping,
         tell=inputs.tell,
     )
+
+
+def _interruptible(objective: Any, stopping: Callable[[], bool]) -> loop.Objective:
+    """The loss, unless someone asked to stop: a step of many micro-batches may take longer than they wait."""
+
+    def loss(policy: Tensor, reference: Tensor | None, micro: Batch) -> Any:
+        if stopping():
+            raise _Asked
+        return objective.module.loss(policy, reference, micro, objective.params)
+
+    return loss
 
 
 def _rows(inputs: Inputs, split: str) -> Path:
@@ -169,22 +209,44 @@ def _resume(work: Work) -> Progress:
     for line in skipped:
         work.tell(Event("train", line, 0, work.settings.steps))
     if found is None:
-        for name in JOURNALS:
-            (work.folder / name).unlink(missing_ok=True)
         return Progress()
-    loop.restore(work.model, work.adam, found.tensors, found.step)
-    known = {name: found.state[name] for name in Progress().state()}
+    loop.restore(work.model, work.adam, found.tensors)
     work.tell(Event("train", f"going on after step {found.step}", found.step, work.settings.steps))
-    return Progress(**known, step=found.step, saved=found.step, best_weights=found.best or {})
+    return Progress(
+        **{name: found.state[name] for name in Progress().state()},
+        step=found.step,
+        saved=found.step,
+        best_weights={
+            name.removeprefix(BEST): tensor for name, tensor in found.tensors.items() if name.startswith(BEST)
+        },
+        journals={name: bytearray(found.journals[name]) for name in JOURNALS},
+    )
 
 
-def _save(work: Work, progress: Progress) -> None:
-    if progress.saved == progress.step:
+def _save(work: Work, progress: Progress, saver: Saver, wait: bool) -> None:
+    """Start a save of this step; with `wait`, return when it is on disk. One due too soon comes late."""
+    progress.late = saver.busy() and not wait
+    if progress.late:
         return
-    journals = {name: checkpoint.mark(work.folder / name) for name in JOURNALS}
-    state = {**progress.state(), "identity": work.identity, "journals": journals}
-    checkpoint.save(work.folder, progress.step, loop.snapshot(work.model, work.adam), state)
-    progress.saved = progress.step
+    _note_save(progress, saver, wait=True)
+    if progress.saved != progress.step:
+        made = checkpoint.Checkpoint(
+            step=progress.step,
+            tensors={f"{BEST}{name}": tensor for name, tensor in progress.best_weights.items()},
+            state={**progress.state(), "identity": work.identity},
+            journals={name: bytes(lines) for name, lines in progress.journals.items()},
+        )
+        saver.begin(made, loop.moving(work.model, work.adam))
+        progress.saved = progress.step
+    if wait:
+        _note_save(progress, saver, wait=True)
+
+
+def _note_save(progress: Progress, saver: Saver, wait: bool) -> None:
+    """Take note of a save that has ended; if it failed, this is where its error comes up."""
+    if saved := saver.ended(wait):
+        times = {"stall_s": round(saved.stall_s, 5), "seconds": round(saved.seconds, 4)}
+        progress.note(SAVES, {"step": saved.step, **times})
 
 
 def _look(work: Work, progress: Progress) -> bool:
@@ -194,16 +256,19 @@ def _look(work: Work, progress: Progress) -> bool:
     if not work.held_out or not due or progress.looked >= step:
         return True
     total, count = 0.0, 0
-    for total, count in loop.mean_loss(work.model, work.held_out, work.objective):  # noqa: B007
-        if work.stopping():
-            return False
+    try:
+        for total, count in loop.mean_loss(work.model, work.held_out, work.objective):  # noqa: B007
+            pass
+    except _Asked:
+        return False
     loss = total / count
-    checkpoint.append(work.folder / VALIDATION, [{"step": step, "loss": loss}])
+    if not math.isfinite(loss):
+        raise TrainError(f"the held-out loss after step {step} is {loss}", hint="lower `lr`, raise `warmup`")
+    progress.note(VALIDATION, {"step": step, "loss": loss})
     progress.looked = step
     if progress.best_loss is None or loss < progress.best_loss:
         moving = loop.trained(work.model).items()
         weights = {f"weight:{name}": weight.detach().clone() for name, weight in moving}
-        checkpoint.save_best(work.folder, step, weights)
         progress.best, progress.best_loss, progress.misses, progress.best_weights = step, loss, 0, weights
     else:
         progress.misses += 1
@@ -218,19 +283,35 @@ def _given_up(work: Work, progress: Progress) -> bool:
 
 
 def _record(work: Work, progress: Progress, step: loop.Step, seconds: float) -> None:
-    names = ("step", "loss", "lr", "grad_norm", "tokens", "loss_tokens")
+    names = ("step", "loss", "lr", "grad_norm", "tokens", "computed_tokens", "loss_tokens")
     rss = memory.rss_bytes()
-    checkpoint.append(work.folder / CURVE, [{name: getattr(step, name) for name in names}])
-    checkpoint.append(work.folder / LEDGER, [{"step": step.step, "rows": list(step.rows)}])
-    checkpoint.append(
-        work.folder / TIMINGS, [{"step": step.step, "seconds": round(step.seconds, 4), "rss_bytes": rss}]
-    )
     progress.step = step.step
+    progress.note(TIMINGS, {"step": step.step, "seconds": round(step.seconds, 4), "rss_bytes": rss})
+    if step.sick is not None:
+        _record_sick(work, progress, step, step.sick)
+        return
+    progress.in_a_row = 0
+    progress.note(CURVE, {name: getattr(step, name) for name in names})
+    progress.note(LEDGER, {"step": step.step, "rows": list(step.rows)})
     facts = {
         "loss": step.loss, "lr": step.lr, "tokens_per_s": step.tokens / step.seconds, "rss_gb": rss / 1e9,
         "eta_s": seconds / step.step * (work.settings.steps - step.step),
     }  # fmt: skip
     work.tell(Event("train", "training", step.step, work.settings.steps, facts))
+
+
+def _record_sick(work: Work, progress: Progress, step: loop.Step, sick: str) -> None:
+    """A step that was skipped: its rows and the reason are kept, and too many in a row end the training."""
+    progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
+    progress.note(LEDGER, {"step": step.step, "rows": list(step.rows), "skipped": sick})
+    said = f"skipped: {sick}; rows {', '.join(step.rows)}"
+    work.tell(Event("train", said, step.step, work.settings.steps, {"skipped": progress.skipped}))
+    if progress.in_a_row == IN_A_ROW or progress.skipped == work.settings.steps:
+        raise loop.Sick(
+            f"{progress.in_a_row} steps in a row were skipped; the last: {sick}",
+            where=f"rows {', '.join(step.rows)}",
+            hint="so many are not the rows' fault: lower `lr`, raise `warmup`, or raise `spike`",
+        )
 
 
 def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
@@ -240,19 +321,20 @@ def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path)
     method.save(work.model, out / "adapter", f"luthier-base:{about['digest'][:12]}")
     (out / "observed").mkdir(exist_ok=True)
     for name in JOURNALS:
-        path = work.folder / name
-        place = out / "observed" / name if name == TIMINGS else out / name
-        artifacts.write_bytes(place, path.read_bytes() if path.exists() else b"")
-    curve, timings = artifacts.read_jsonl(out / CURVE), artifacts.read_jsonl(out / "observed" / TIMINGS)
+        place = out / "observed" / name if name in (TIMINGS, SAVES) else out / name
+        artifacts.write_bytes(place, bytes(progress.journals[name]))
+    curve, timings, saves = (progress.noted(name) for name in (CURVE, TIMINGS, SAVES))
     kept = progress.best if progress.best is not None else progress.step
     outcome = {
         "steps": progress.step,
+        "skipped_steps": progress.skipped,
         "stopped_early": progress.step < work.settings.steps,
         "best_step": kept,
         "validation_loss": progress.best_loss,
         "loss_first": _mean([row["loss"] for row in curve[:EDGE]]),
         "loss_last": _mean([row["loss"] for row in curve[-EDGE:]]),
         "useful_tokens": sum(row["tokens"] for row in curve),
+        "computed_tokens": sum(row["computed_tokens"] for row in curve),
         "loss_tokens": sum(row["loss_tokens"] for row in curve),
         **method.report(work.model),
     }
@@ -267,11 +349,12 @@ def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path)
         "peak_rss_bytes": progress.peak_rss_bytes,
         "peak_gb": round(progress.peak_rss_bytes / 1e9, 3),
         "minutes": round(progress.seconds / 60, 4),
+        "longest_stall_s": max((row["stall_s"] for row in saves), default=0.0),
     }
     machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": plan["threads"]}
     artifacts.write_json(out / "observed" / "host.json", machine | observed)
     return outcome | observed
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

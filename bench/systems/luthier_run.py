@@ -1,0 +1,137 @@
+"""luthier's engine on a benchmark job, whole or with one of its ideas taken out (an ablation).
+
+The variant `full` is what the train stage runs: packed micro-batches, fused layers, compiled formulas, own
+attention, tiled head. Every other variant undoes one of them and leaves the rest:
+
+    padded       each micro-batch is 8 rows, padded to the longest of them
+    plain-layers PEFT's and transformers' own layers, not `engine.fused`
+    uncompiled   the fused layers' formulas as they stand
+    sdpa         one call of torch's scaled_dot_product_attention per document
+    whole-head   all logits of the learnt tokens at once, through autograd
+    exact        `full` in float32 without compiling, for comparing losses
+
+It does not know the other systems.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import luthier  # noqa: F401  it sets how long OpenMP threads wait, so it must come before torch
+
+# isort: split
+import torch
+from meter import Job, Meter
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from luthier.engine import attention, base, batch, fused, head, kernels, loop
+from luthier.methods import lora
+from luthier.objectives import Batch, sft
+from luthier.stages.plan import MICRO_TOKENS
+from luthier.template import Encoded
+
+PADDED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Ideas:
+    """What is switched on."""
+
+    packed: bool = True
+    fused: bool = True
+    compiled: bool = True
+    own_attention: bool = True
+    tiled: bool = True
+    dtype: str = "bfloat16"
+
+
+VARIANTS = {
+    "full": Ideas(),
+    "padded": Ideas(packed=False),
+    "plain-layers": Ideas(fused=False),
+    "uncompiled": Ideas(compiled=False),
+    "sdpa": Ideas(own_attention=False),
+    "whole-head": Ideas(tiled=False),
+    "exact": Ideas(compiled=False, dtype="float32"),
+}
+
+
+def untiled_logps(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int) -> Any:
+    """What `head.token_logps` computes, with all logits alive until the backward pass."""
+    del tile
+    logp_N_V = torch.log_softmax((hidden_N_E @ weight_V_E.T).float(), dim=-1)
+    return logp_N_V.gather(1, targets_N[:, None])[:, 0]
+
+
+def prepare(job: Job, ideas: Ideas) -> Any:
+    """The model as the train stage makes it, less what the variant leaves out."""
+    if not ideas.own_attention:
+        attention.LONG = 0  # documents longer than this go to torch's kernel
+        attention.SHORT = 0  # only documents of equal length share a call
+    if not ideas.tiled:
+        head.token_logps = untiled_logps
+    model = base.load(Path(job.base), ideas.dtype)
+    model = lora.attach(model, lora.Params(r=job.rank, alpha=job.alpha), job.seed)
+    if job.adapter:
+        folder = Path(job.adapter)
+        if folder.exists():
+            set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        else:
+            lora.save(model, folder, "benchmark-base")
+    if ideas.fused:
+        fused.fuse(model, kernels.kernels(ideas.compiled and kernels.can_compile()))
+    return model
+
+
+def encoded(rows: list[dict[str, Any]]) -> list[Encoded]:
+    return [
+        Encoded(ids=tuple(row["input_ids"]), mask=tuple(map(bool, row["mask"])), id=row["id"]) for row in rows
+    ]
+
+
+def padded(rows: list[Encoded]) -> tuple[Batch, ...]:
+    """Micro-batches as most trainers make them: rows in order, all as long as the longest beside them."""
+    micros = []
+    for at in range(0, len(rows), PADDED_ROWS):
+        some = rows[at : at + PADDED_ROWS]
+        width = max(len(row.ids) for row in some)
+        missing = [width - len(row.ids) for row in some]
+        micros.append(
+            batch.collate(
+                [
+                    replace(row, ids=row.ids + (0,) * more, mask=row.mask + (False,) * more)
+                    for row, more in zip(some, missing, strict=True)
+                ]
+            )
+        )
+    return tuple(micros)
+
+
+def main() -> None:
+    job = Job.given()
+    ideas = VARIANTS[job.variant]
+    told = job.read()
+    meter = Meter.over(job, told)
+    torch.set_num_threads(job.threads)
+    model = prepare(job, ideas)
+    rows = encoded(told)
+    settings = loop.Settings(steps=job.steps, lr=job.lr, seed=job.seed, schedule="constant")
+
+    def micros(step: int) -> tuple[Batch, ...]:
+        some = rows[(step - 1) * job.batch : step * job.batch]
+        return batch.micro_batches(some, MICRO_TOKENS) if ideas.packed else padded(some)
+
+    def objective(policy: Any, reference: Any, micro: Batch) -> Any:
+        return sft.loss(policy, reference, micro, sft.Params())
+
+    meter.start()
+    for step in loop.train(model, micros, objective, loop.optimiser(model, settings), settings):
+        meter.step(step.loss, lambda folder: lora.save(model, Path(folder), "benchmark-base"))
+    meter.answer(("luthier", "torch", "transformers", "peft"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Fused is PEFT: the same log-probabilities and the same gradients, in every family, whatever is adapted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from luthier.engine import attention, batch, fused, head
+from luthier.engine.kernels import can_compile, kernels
+from luthier.methods import lora
+from tests.engine.test_attention import rows
+from tests.engine.tiny_families import FAMILIES, SMALL, make
+
+LENGTHS = (17, 9, 9, 4)
+CONFIGS = FAMILIES | {
+    "qwen2, biased": lambda: Qwen2Config(**SMALL),
+    "gelu": lambda: LlamaConfig(**SMALL, hidden_act="gelu"),
+}
+# A layer's norms, linears, MLP and attention, twice, and the last norm.
+FUSED = {"gemma3": 31, "gelu": 21, "phi3": 17, "qwen3": 27}
+
+
+def adapted(config: Any, **how: Any) -> Any:
+    """A family's model under LoRA with a B that is not zero."""
+    model = lora.attach(make(config), lora.Params(**{"r": 4, "alpha": 6, **how}), seed=1)
+    noise = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if "lora_B" in name:
+                weight.normal_(0, 0.1, generator=noise)
+    return model
+
+
+def learnt(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logps = head.batch_logps(model, batch.collate(rows(LENGTHS)))
+    (logps * torch.linspace(0.5, 1.5, len(logps))).sum().backward()
+    return logps.detach(), {
+        name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad
+    }
+
+
+def assert_equal_models(one: Any, other: Any, bound: float) -> None:
+    (logps, gradients), (expected, expected_gradients) = learnt(one), learnt(other)
+    assert gap(logps, expected) < bound
+    assert gradients.keys() == expected_gradients.keys() and gradients
+    for name, gradient in gradients.items():
+        assert gap(gradient, expected_gradients[name]) < bound, name
+
+
+def gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative distance of two tensors."""
+    return float((one.detach().float() - other.float()).norm() / other.detach().float().norm())
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_fused_is_peft_in_float32(family: str) -> None:
+    model = adapted(CONFIGS[family]())
+    plain = copy.deepcopy(model)
+    assert fused.fuse(model, kernels(compiled=False)) == FUSED.get(family, 23)
+    assert_equal_models(model, plain, 2e-6)
+
+
+@pytest.mark.parametrize("limit", ["SHORT", "LONG"])
+def test_fused_is_peft_where_documents_are_long(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(FAMILIES["qwen3"]())
+    plain = copy.deepcopy(model)
+    fused.fuse(model, kernels(compiled=False))
+    monkeypatch.setattr(attention, limit, 0)  # rotary positions are then autograd's, on the streamed path
+    assert_equal_models(model, plain, 2e-6)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("up_proj", "o_proj")])
+def test_fused_is_peft_where_some_layers_have_no_adapter(targets: tuple[str, ...]) -> None:
+    model = adapted(FAMILIES["llama"](), targets=targets)
+    plain = copy.deepcopy(model)
+    fused.fuse(model, kernels(compiled=False))
+    assert_equal_models(model, plain, 2e-6)
+
+
+def test_fused_is_peft_in_bfloat16_but_for_rounding() -> None:
+    model = adapted(FAMILIES["llama"]())
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.bfloat16()
+    plain = copy.deepcopy(model)
+    fused.fuse(model, kernels(compiled=False))
+    assert_equal_models(model, plain, 4e-2)
+
+
+def test_what_is_not_recognised_is_left_as_it_was() -> None:
+    model = adapted(FAMILIES["llama"](), dropout=0.5)
+    fused.fuse(model, kernels(compiled=False))
+    changed = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "forward" in vars(module)}
+    assert changed == {"input_layernorm", "post_attention_layernorm", "norm"}
+
+
+def test_one_copy_of_the_base_is_held_and_parameters_stay_the_same() -> None:
+    model = adapted(FAMILIES["llama"]())
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    fused.fuse(model, kernels(compiled=False))
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+    attention = model.get_decoder().layers[0].self_attn
+    layers = (getattr(attention, name).base_layer for name in ("q_proj", "k_proj", "v_proj"))
+    storages = {layer.weight.untyped_storage().data_ptr() for layer in layers}
+    assert len(storages) == 1
+
+
+def test_a_layer_called_alone_or_twice_still_answers() -> None:
+    model = adapted(FAMILIES["llama"]())
+    plain = copy.deepcopy(model)
+    fused.fuse(model, kernels(compiled=False))
+    own, other = (m.get_decoder().layers[1].self_attn for m in (model, plain))
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    for name in ("k_proj", "k_proj", "q_proj", "v_proj", "k_proj"):
+        assert gap(getattr(own, name)(x), getattr(other, name)(x)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_formulas_are_the_formulas(dtype: torch.dtype) -> None:
+    plain, compiled = kernels(compiled=False), kernels(compiled=True)
+    bound = 1e-6 if dtype is torch.float32 else 1e-2
+    draw = torch.Generator().manual_seed(0)
+    for tokens in (1, 7, 64):
+        x, grad = (torch.randn(tokens, 32, generator=draw).to(dtype) for _ in range(2))
+        weight = torch.randn(32, generator=draw).to(dtype)
+        y, scale = plain.norm(x, weight, 1e-6, 1.0)
+        assert gap(compiled.norm(x, weight, 1e-6, 1.0)[0], y) < bound
+        expected = plain.norm_backward(grad, x, weight, scale, 1.0)
+        assert gap(compiled.norm_backward(grad, x, weight, scale, 1.0), expected) < bound
+        for name in plain.gate:
+            assert gap(compiled.gate[name](x), plain.gate[name](x)) < bound
+            found = compiled.gate_backward[name](grad[:, :16], x)
+            for one, other in zip(found, plain.gate_backward[name](grad[:, :16], x), strict=True):
+                assert gap(one, other) < bound
