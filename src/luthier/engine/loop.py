@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from luthier.engine.head import TILE, batch_logps
+from luthier.engine.kernels import PLAIN, Kernels
 from luthier.errors import TrainError
 from luthier.objectives import Batch, Loss
 
@@ -57,6 +58,7 @@ class Settings:
     on_sick: Literal["stop", "skip"] = "stop"
     spike: float | None = None
     tile: int = TILE
+    formulas: Kernels = PLAIN
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _gradients(
         for micro in micros:
             if not len(micro.targets_N):
                 continue
-            loss = objective(batch_logps(model, micro, settings.tile), None, micro)
+            loss = objective(batch_logps(model, micro, settings.tile, settings.formulas), None, micro)
             if not math.isfinite(value := loss.total.item()):
                 raise _sick(f"the loss of step {step} is {value}", micro.rows)
             loss.total.backward()  # type: ignore[no-untyped-call]
@@ -199,13 +201,13 @@ def noise_seed(seed: int, step: int) -> int:
 
 @torch.no_grad()
 def mean_loss(
-    model: Any, micros: Iterable[Batch], objective: Objective, tile: int = TILE
+    model: Any, micros: Iterable[Batch], objective: Objective, formulas: Kernels = PLAIN
 ) -> Iterator[tuple[float, int]]:
     """Running (loss sum, count) after each micro-batch, without dropout or gradients."""
     total, count = 0.0, 0
     for micro in micros:
         model.eval()
-        loss = objective(batch_logps(model, micro, tile), None, micro)
+        loss = objective(batch_logps(model, micro, TILE, formulas), None, micro)
         total, count = total + loss.total.item(), count + loss.count
         yield total, count
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from luthier import artifacts, template
 from luthier.engine import base as bases
-from luthier.engine import batch, checkpoint, fused, kernels, loop, memory
+from luthier.engine import batch, checkpoint, fused, loop, memory, native
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
 from luthier.objectives import Batch
@@ -99,6 +99,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
     torch.set_num_threads(plan["threads"])
     memory.release()
+    memory.hold()
     memory.forget_peak()
     work = _prepare(section[0], plan, inputs)
     progress = _resume(work)
@@ -158,10 +159,12 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
     if inputs.stopping():
         raise Interrupted("training stopped before it began", hint="run the same command again")
     model = method.module.attach(bases.load(base, plan["dtype"]), method.params, inputs.seed)
-    fused.fuse(model, kernels.kernels(plan["compiled"]))
+    formulas = native.kernels(plan["compiled"])
+    fused.fuse(model, formulas)
     settings = loop.Settings(
         steps=plan["steps"], lr=phase.lr, seed=inputs.seed, warmup=phase.warmup, schedule=phase.schedule,
         weight_decay=phase.weight_decay, clip=phase.clip, on_sick=phase.on_sick, spike=phase.spike,
+        formulas=formulas,
     )  # fmt: skip
     micro_tokens = plan["micro_tokens"]
     return Work(
@@ -257,7 +260,7 @@ def _look(work: Work, progress: Progress) -> bool:
         return True
     total, count = 0.0, 0
     try:
-        for total, count in loop.mean_loss(work.model, work.held_out, work.objective):  # noqa: B007
+        for total, count in _losses(work):  # noqa: B007
             pass
     except _Asked:
         return False
@@ -276,6 +279,10 @@ def _look(work: Work, progress: Progress) -> bool:
         Event("train", f"held-out loss {loss:.4f}", step, work.settings.steps, {"validation_loss": loss})
     )
     return True
+
+
+def _losses(work: Work) -> Any:
+    return loop.mean_loss(work.model, work.held_out, work.objective, work.settings.formulas)
 
 
 def _given_up(work: Work, progress: Progress) -> bool:
