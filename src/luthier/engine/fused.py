@@ -7,8 +7,10 @@ Products run in the base's number type, with the adapter's float32 masters cast 
 its input and (gate, up) and nothing else.
 
 `fuse` replaces the forward of a module only after the replacement has given the module's own answer on a
-trial; what it does not recognise (dropout, DoRA, trained base weights, other MLPs) it leaves as it was. It
-does not know files or PEFT's format: the parameters stay PEFT's own.
+trial; what it does not recognise (dropout, DoRA, trained base weights, other MLPs) it leaves as it was.
+`spare` trades time for memory with the same bits: an MLP computes (gate, up) again on the way back, or whole
+decoder layers are computed again (activation checkpointing, Chen et al. 2016, arXiv 1604.06174). It does not
+know files or PEFT's format: the parameters stay PEFT's own.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from luthier.engine.attention import How, Turn, hearing, over_documents
 from luthier.engine.documents import Documents
@@ -29,6 +32,7 @@ from luthier.engine.kernels import ACTIVATIONS, PLAIN, Kernel, Kernels
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 TRIAL_TOKENS = 8
+Spare = Literal["none", "selective", "full"]  # what is computed again: nothing, (gate, up), whole layers
 Pair = tuple[Tensor, Tensor | None]  # something of a layer, and the same in its adapters' (T, R) space
 
 
@@ -182,6 +186,7 @@ class Gated:
     down: Stack
     gate: Kernel
     gate_backward: Kernel
+    again: bool = False  # whether (gate, up) is computed again on the way back
 
 
 class _Gated(torch.autograd.Function):
@@ -191,7 +196,14 @@ class _Gated(torch.autograd.Function):
         low, low_down = mlp.both.low(adapters[:count]), mlp.down.low(adapters[count:])
         both_T_2F, x_T_R = mlp.both.forward(x_T_E, low)
         y_T_E, h_T_R = mlp.down.forward(mlp.gate(both_T_2F), low_down)
-        kept = (x_T_E, both_T_2F, x_T_R, h_T_R, *(low or (None, None)), *(low_down or (None, None)))
+        kept = (
+            x_T_E,
+            None if mlp.again else both_T_2F,
+            x_T_R,
+            h_T_R,
+            *(low or (None, None)),
+            *(low_down or (None, None)),
+        )
         ctx.save_for_backward(*kept, *adapters)
         ctx.mlp, ctx.count = mlp, count
         return y_T_E
@@ -203,6 +215,8 @@ class _Gated(torch.autograd.Function):
         low, low_down = _pairs(rest[:4])
         mlp: Gated = ctx.mlp
         grad_T_E = grad_T_E.contiguous()
+        if both_T_2F is None:
+            both_T_2F, _ = mlp.both.forward(x_T_E, low)
         grad_T_F, grad_down_T_R = mlp.down.input_gradient(grad_T_E, low_down)
         h_T_F, grad_T_2F = mlp.gate_backward(grad_T_F, both_T_2F)  # the hidden layer again, not kept
         down = mlp.down.adapter_gradients((grad_T_E, grad_down_T_R), (h_T_F, h_T_R), rest[4 + ctx.count :])
@@ -256,7 +270,7 @@ class _Siblings:
         return y
 
 
-def fuse(model: nn.Module, formulas: Kernels) -> int:
+def fuse(model: Any, formulas: Kernels, spare: Spare = "none") -> int:
     """Give every layer that is recognised its fused forward; return how many there are.
 
     Call it once, on a model whose base is frozen, after the adapter is attached. Parameters stay the same.
@@ -267,16 +281,15 @@ def fuse(model: nn.Module, formulas: Kernels) -> int:
         if type(module).__name__.endswith("RMSNorm"):
             _fuse_norm(module, formulas, done)
         elif hasattr(module, "down_proj"):
-            _fuse_mlp(module, formulas, done)
+            _fuse_mlp(module, (formulas, spare == "selective"), done)
     for module, names in product(modules, SIBLINGS):
-        if all(hasattr(module, name) for name in names):
-            _fuse_products([getattr(module, name) for name in names], done)
-    for module in modules:
-        if type(module) is LoraLinear:
-            _fuse_products([module], done)
-    for module in modules:
-        if hasattr(module, "o_proj"):
-            _fuse_attention(module, formulas, done)
+        _fuse_products([getattr(module, name, None) for name in names], done)
+    for module in (module for module in modules if type(module) is LoraLinear):
+        _fuse_products([module], done)
+    for module in (module for module in modules if hasattr(module, "o_proj")):
+        _fuse_attention(module, formulas, done)
+    for layer in model.get_decoder().layers if spare == "full" else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return len(done)
 
 
@@ -293,17 +306,18 @@ def _fuse_norm(module: Any, formulas: Kernels, done: set[nn.Module]) -> None:
             return
 
 
-def _fuse_mlp(module: Any, formulas: Kernels, done: set[nn.Module]) -> None:
+def _fuse_mlp(module: Any, how: tuple[Kernels, bool], done: set[nn.Module]) -> None:
     wide = ("gate_up_proj",) if hasattr(module, "gate_up_proj") else ("gate_proj", "up_proj")
     members = [getattr(module, name, None) for name in (*wide, "down_proj")]
     parts = [found for member in members if (found := part(member)) is not None]
     if len(parts) != len(members):
         return
-    *both, down = parts
-    stacks = Stack(both), Stack([down])
+    stacks = Stack(parts[:-1]), Stack(parts[-1:])
     adapters = [*stacks[0].adapters(), *stacks[1].adapters()]
     for name in ACTIVATIONS:
-        plain, wanted = (Gated(*stacks, own.gate[name], own.gate_backward[name]) for own in (PLAIN, formulas))
+        plain, wanted = (
+            Gated(*stacks, own.gate[name], own.gate_backward[name], how[1]) for own in (PLAIN, how[0])
+        )
         if _same(module, _Gated, (plain, *adapters), stacks[0].weight_O_E.shape[1]):
             module.forward = partial(_call, _Gated, (wanted, *adapters))
             done.update([module, *(member for member in members if member is not None)])
