@@ -6,6 +6,9 @@ held-out loss (at step 0, every few steps and at the end), keeps the best adapte
 is not finished. Killed and started again, it leaves the bytes that an uninterrupted run leaves: what follows
 a checkpoint depends on the checkpoint alone.
 
+Where the plan says so, several processes train together (`engine.placement`): each runs `carry_out`, the
+first of them saves, speaks and leaves the artefact. A checkpoint does not tell how many there were.
+
 A sick step stops the training or, by the recipe's `on_sick`, is skipped and stands in the ledger with its
 reason. So many in a row are not the rows' fault and stop it all the same.
 
@@ -29,7 +32,8 @@ from torch import Tensor
 
 from luthier import artifacts, template
 from luthier.engine import base as bases
-from luthier.engine import batch, checkpoint, fused, kernels, loop, memory
+from luthier.engine import batch, checkpoint, fused, kernels, launch, loop, memory, placement
+from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
 from luthier.objectives import Batch
@@ -42,11 +46,8 @@ TIMINGS, SAVES = "timings.jsonl", "saves.jsonl"  # what the clock says: they go 
 JOURNALS = (CURVE, VALIDATION, LEDGER, TIMINGS, SAVES)
 BEST = "best:"  # a checkpoint's tensors of this prefix are the best weights so far
 EDGE = 5  # `loss_first` and `loss_last` are means over this many steps
+RANK = "luthier.stages._rank"  # what each of several processes runs
 IN_A_ROW = 8  # so many sick steps, one after the other, and it is not the rows
-
-
-class _Asked(Exception):
-    """Someone asked to stop while a micro-batch was at work."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Work:
     objective: loop.Objective
     settings: loop.Settings
     phase: Any
+    place: Placement
     folder: Path
     identity: str
     stopping: Callable[[], bool]
@@ -97,16 +99,34 @@ class Progress:
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
+    if plan["processes"] == 1:
+        return carry_out(section, inputs, out, placement.alone())
+    phase = section[0].model_dump(mode="json", by_alias=True)
+    job = {"phase": phase, "placement": plan["placement"], "out": str(out), "inputs": inputs.as_dict()}
+    job["timeout_s"] = placement.LONGEST_S
+    crew = launch.Crew(plan["processes"], plan["threads"], inputs.scratch)
+    facts: dict[str, Any] = launch.launch(
+        RANK, job, crew, lambda said: inputs.tell(Event(**said)), inputs.stopping
+    )
+    return facts
+
+
+def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict[str, Any]:
+    """The plan in this process: all of the training, or one rank's part. The first rank has the facts."""
+    plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
     torch.set_num_threads(plan["threads"])
     memory.release()
     memory.forget_peak()
-    work = _prepare(section[0], plan, inputs)
+    work = _prepare(section[0], plan, inputs, place)
     progress = _resume(work)
     with Saver(work.folder) as saver:
         _descend(work, progress, saver)
     if progress.best_weights:
-        loop.put_weights(work.model, progress.best_weights)
-    return _leave(work, progress, plan, inputs, out)
+        whole = {name: placement.whole(weight) for name, weight in progress.best_weights.items()}
+        loop.put_weights(work.model, whole)
+    placement.unshard(work.model)
+    progress.peak_rss_bytes = int(sum(place.each(progress.peak_rss_bytes)))
+    return _leave(work, progress, plan, inputs, out) if place.leads else {}
 
 
 def _descend(work: Work, progress: Progress, saver: Saver) -> None:
@@ -137,12 +157,12 @@ def _descend(work: Work, progress: Progress, saver: Saver) -> None:
                 pause()
                 if _given_up(work, progress):
                     break
-    except _Asked:
+    except loop.Asked:
         pause()
     progress.seconds = time.monotonic() - began
 
 
-def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
+def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
     objective, method = phase.objective, phase.method
     if objective.module.NEEDS:
         raise TrainError(f"{objective.name} needs {', '.join(sorted(objective.module.NEEDS))}", where="train")
@@ -155,15 +175,23 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
     looked = batch.order(tuple(record["id"] for record in held_out), inputs.seed, "validation")
     looked = looked[: phase.validation.rows]
     encoded = _encode(tokenizer, [rows[row] for row in needed])
-    if inputs.stopping():
+    if place.any(inputs.stopping()):
         raise Interrupted("training stopped before it began", hint="run the same command again")
     model = method.module.attach(bases.load(base, plan["dtype"]), method.params, inputs.seed)
-    fused.fuse(model, kernels.kernels(plan["compiled"]))
+    if not place.in_step and place.device == placement.CPU:  # fused layers hold on to whole weights
+        fused.fuse(model, kernels.kernels(plan["compiled"]))
+    place.settle(model)
     settings = loop.Settings(
         steps=plan["steps"], lr=phase.lr, seed=inputs.seed, warmup=phase.warmup, schedule=phase.schedule,
         weight_decay=phase.weight_decay, clip=phase.clip, on_sick=phase.on_sick, spike=phase.spike,
+        place=place,
     )  # fmt: skip
     micro_tokens = plan["micro_tokens"]
+
+    def stopping() -> bool:
+        """What all ranks agree on; so all must ask at the same time."""
+        return place.any(inputs.stopping())
+
     return Work(
         model=model,
         adam=loop.optimiser(model, settings),
@@ -171,14 +199,20 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
             ids, dict(zip(needed, encoded, strict=True)), phase.batch, micro_tokens, inputs.seed
         ),
         held_out=batch.micro_batches(_encode(tokenizer, [held_out[row] for row in looked]), micro_tokens),
-        objective=_interruptible(objective, inputs.stopping),
+        objective=_interruptible(objective, stopping if place.in_step else inputs.stopping),
         settings=settings,
         phase=phase,
+        place=place,
         folder=inputs.scratch / "checkpoints",
         identity=artifacts.digest_of(
-            {"inputs": dict(inputs.digests), "seed": inputs.seed, "phase": phase.model_dump(mode="json")}
+            {
+                "inputs": {name: inputs.digests[name] for name in ("data", "model")},
+                "seed": inputs.seed,
+                "phase": phase.model_dump(mode="json"),
+                "plan": {name: plan[name] for name in ("steps", "dtype")},
+            }
         ),
-        stopping=inputs.stopping,
+        stopping=stopping,
         tell=inputs.tell,
     )
 
@@ -188,7 +222,7 @@ def _interruptible(objective: Any, stopping: Callable[[], bool]) -> loop.Objecti
 
     def loss(policy: Tensor, reference: Tensor | None, micro: Batch) -> Any:
         if stopping():
-            raise _Asked
+            raise loop.Asked
         return objective.module.loss(policy, reference, micro, objective.params)
 
     return loss
@@ -208,16 +242,21 @@ def _resume(work: Work) -> Progress:
     found, skipped = checkpoint.newest(work.folder, work.identity)
     for line in skipped:
         work.tell(Event("train", line, 0, work.settings.steps))
+    if len(set(work.place.each(found.step if found else -1))) > 1:
+        raise TrainError("the processes read different checkpoints", where=str(work.folder))
     if found is None:
         return Progress()
     loop.restore(work.model, work.adam, found.tensors)
+    trained = loop.trained(work.model)
     work.tell(Event("train", f"going on after step {found.step}", found.step, work.settings.steps))
     return Progress(
         **{name: found.state[name] for name in Progress().state()},
         step=found.step,
         saved=found.step,
         best_weights={
-            name.removeprefix(BEST): tensor for name, tensor in found.tensors.items() if name.startswith(BEST)
+            f"weight:{name}": placement.part(found.tensors[f"{BEST}weight:{name}"], weight)
+            for name, weight in trained.items()
+            if f"{BEST}weight:{name}" in found.tensors
         },
         journals={name: bytearray(found.journals[name]) for name in JOURNALS},
     )
@@ -225,18 +264,22 @@ def _resume(work: Work) -> Progress:
 
 def _save(work: Work, progress: Progress, saver: Saver, wait: bool) -> None:
     """Start a save of this step; with `wait`, return when it is on disk. One due too soon comes late."""
-    progress.late = saver.busy() and not wait
+    progress.late = work.place.any(saver.busy()) and not wait
     if progress.late:
         return
     _note_save(progress, saver, wait=True)
     if progress.saved != progress.step:
+        best = {f"{BEST}{name}": placement.whole(tensor) for name, tensor in progress.best_weights.items()}
         made = checkpoint.Checkpoint(
             step=progress.step,
-            tensors={f"{BEST}{name}": tensor for name, tensor in progress.best_weights.items()},
+            tensors={name: tensor.cpu() for name, tensor in best.items()},
             state={**progress.state(), "identity": work.identity},
             journals={name: bytes(lines) for name, lines in progress.journals.items()},
         )
-        saver.begin(made, loop.moving(work.model, work.adam))
+        live = loop.moving(work.model, work.adam).items()
+        whole = {name: placement.whole(tensor) for name, tensor in live}  # a common act, of every rank
+        if work.place.leads:
+            saver.begin(made, whole)
         progress.saved = progress.step
     if wait:
         _note_save(progress, saver, wait=True)
@@ -255,11 +298,9 @@ def _look(work: Work, progress: Progress) -> bool:
     due = step % work.phase.validation.every == 0 or step == work.settings.steps
     if not work.held_out or not due or progress.looked >= step:
         return True
-    total, count = 0.0, 0
     try:
-        for total, count in loop.mean_loss(work.model, work.held_out, work.objective):  # noqa: B007
-            pass
-    except _Asked:
+        total, count = loop.mean_loss(work.model, work.held_out, work.objective, place=work.place)
+    except loop.Asked:
         return False
     loss = total / count
     if not math.isfinite(loss):
@@ -351,7 +392,8 @@ def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path)
         "minutes": round(progress.seconds / 60, 4),
         "longest_stall_s": max((row["stall_s"] for row in saves), default=0.0),
     }
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": plan["threads"]}
+    machine = {"torch": torch.__version__, "python": platform.python_version()}
+    machine |= {name: plan[name] for name in ("threads", "processes", "placement")}
     artifacts.write_json(out / "observed" / "host.json", machine | observed)
     return outcome | observed
 
