@@ -58,7 +58,8 @@ def launch(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command = [*torchrun, f"--nproc-per-node={crew.processes}", "-m", module, str(description)]
     loopback = socket.if_nameindex()[0][1]
-    env = {"GLOO_SOCKET_IFNAME": loopback, **os.environ, "OMP_NUM_THREADS": str(crew.threads)}
+    always = {"OMP_NUM_THREADS": str(crew.threads), "PYTHONSAFEPATH": "1"}
+    env = {"GLOO_SOCKET_IFNAME": loopback, **os.environ, **always}
     with (
         open(log, "wb") as noise,
         Popen(command, stdin=PIPE, stdout=PIPE, stderr=noise, start_new_session=True, env=env) as agent,
