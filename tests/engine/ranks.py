@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from luthier.engine import base, batch, loop, placement
 from luthier.engine.placement import Placement
@@ -65,6 +66,12 @@ def model_of(tiny: Path, dropout: float = 0.0, dtype: str = "float32") -> Any:
     return lora.attach(base.load(tiny, dtype), lora.Params(r=4, dropout=dropout), 1)
 
 
+def bytes_held(tensors: list[torch.Tensor]) -> int:
+    """What these take in this process."""
+    mine = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in mine)
+
+
 def descend(place: Placement, folder: Path, tiny: Path, **how: Any) -> dict[str, Any]:
     """Train from step `past` (of the checkpoint in `start`) to `steps`; rank 0 leaves the checkpoint."""
     model = model_of(tiny, how.get("dropout", 0.0), how.get("dtype", "float32"))
@@ -81,7 +88,7 @@ def descend(place: Placement, folder: Path, tiny: Path, **how: Any) -> dict[str,
         if step.step == how.get("steps", 6):
             break
     look = loop.mean_loss(model, micros(1), OBJECTIVE, place=place)
-    held = placement.bytes_held([*model.parameters(), *loop.moving(model, adam).values()])
+    held = bytes_held([*model.parameters(), *loop.moving(model, adam).values()])
     tensors = {name: placement.whole(tensor) for name, tensor in loop.moving(model, adam).items()}
     if place.leads:
         save_file(tensors, folder / "end.safetensors")

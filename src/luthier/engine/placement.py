@@ -174,12 +174,6 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def bytes_held(tensors: Sequence[Tensor]) -> int:
-    """What these take in this process."""
-    mine = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in mine)
-
-
 def unshard(model: torch.nn.Module) -> None:
     """Put whole weights where shares of trained ones were, to be read or written; training is over then."""
     for module in model.modules():
