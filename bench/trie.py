@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from luthier.engine import batch, fused, head, trie
 from luthier.engine.attention import IMPLEMENTATION
-from luthier.engine.kernels import kernels
+from luthier.engine.native import kernels
 from luthier.methods import lora
 from luthier.objectives import Batch
 from luthier.template import Encoded

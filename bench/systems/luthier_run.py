@@ -27,7 +27,7 @@ from meter import Job, Meter
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from luthier.engine import attention, base, batch, fused, head, kernels, loop
+from luthier.engine import attention, base, batch, documents, fused, head, loop, memory, native
 from luthier.methods import lora
 from luthier.objectives import Batch, sft
 from luthier.stages.plan import MICRO_TOKENS
@@ -59,18 +59,22 @@ VARIANTS = {
 }
 
 
-def untiled_logps(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int) -> Any:
+def untiled_logps(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int, settle: Any) -> Any:
     """What `head.token_logps` computes, with all logits alive until the backward pass."""
-    del tile
+    del tile, settle
     logp_N_V = torch.log_softmax((hidden_N_E @ weight_V_E.T).float(), dim=-1)
     return logp_N_V.gather(1, targets_N[:, None])[:, 0]
+
+
+def formulas(ideas: Ideas) -> Any:
+    return native.kernels(ideas.compiled and native.can_compile())
 
 
 def prepare(job: Job, ideas: Ideas) -> Any:
     """The model as the train stage makes it, less what the variant leaves out."""
     if not ideas.own_attention:
         attention.LONG = 0  # documents longer than this go to torch's kernel
-        attention.SHORT = 0  # only documents of equal length share a call
+        documents.SHORT = 0  # only documents of equal length share a call
     if not ideas.tiled:
         head.token_logps = untiled_logps
     model = base.load(Path(job.base), ideas.dtype)
@@ -82,7 +86,7 @@ def prepare(job: Job, ideas: Ideas) -> Any:
         else:
             lora.save(model, folder, "benchmark-base")
     if ideas.fused:
-        fused.fuse(model, kernels.kernels(ideas.compiled and kernels.can_compile()))
+        fused.fuse(model, formulas(ideas))
     return model
 
 
@@ -116,9 +120,12 @@ def main() -> None:
     told = job.read()
     meter = Meter.over(job, told)
     torch.set_num_threads(job.threads)
+    memory.hold()
     model = prepare(job, ideas)
     rows = encoded(told)
-    settings = loop.Settings(steps=job.steps, lr=job.lr, seed=job.seed, schedule="constant")
+    settings = loop.Settings(
+        steps=job.steps, lr=job.lr, seed=job.seed, schedule="constant", formulas=formulas(ideas)
+    )
 
     def micros(step: int) -> tuple[Batch, ...]:
         some = rows[(step - 1) * job.batch : step * job.batch]

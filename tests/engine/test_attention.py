@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, GptOssConfig
 
 from luthier.engine import attention, base, batch, head
-from luthier.engine.attention import Documents
+from luthier.engine import documents as documents_
+from luthier.engine.documents import Documents
+from luthier.engine.kernels import Seen
 from luthier.errors import ModelError
 from luthier.template import Encoded
 from tests.engine.tiny_families import FAMILIES, SMALL, make
@@ -91,8 +93,9 @@ def test_kept_recomputed_and_streamed_attention_are_one(family: str, monkeypatch
         return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
     kept = learnt()
-    for limit in ("SHORT", "LONG"):  # below no length: everything is computed again, then streamed
-        monkeypatch.setattr(attention, limit, 0)
+    limits = (documents_, "SHORT", 0), (documents_, "QUERIES", 4), (attention, "LONG", 0)
+    for limit in limits:  # everything is computed again, then in blocks, then streamed
+        monkeypatch.setattr(*limit)
         for name, gradient in learnt().items():
             scale = float(kept[name].abs().max())
             torch.testing.assert_close(gradient, kept[name], rtol=1e-5, atol=2e-5 * scale, msg=name)
@@ -124,7 +127,7 @@ def test_attention_of_any_packing_is_attention_of_each_document(
     parts, start = [], 0
     for length in lengths:
         q, k, v = (x[:, :, start : start + length] for x in inputs)
-        seen = ~attention._hidden(length, window, q.device)
+        seen = ~Seen(length, 0, window).hidden(length)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         parts.append(out.transpose(1, 2))
         start += length

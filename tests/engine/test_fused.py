@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from luthier.engine import attention, batch, fused, head
-from luthier.engine.kernels import can_compile, kernels
+from luthier.engine import attention, batch, documents, fused, head
+from luthier.engine.kernels import Seen
+from luthier.engine.native import can_compile, kernels
 from luthier.methods import lora
 from tests.engine.test_attention import rows
 from tests.engine.tiny_families import FAMILIES, SMALL, make
@@ -22,6 +24,12 @@ CONFIGS = FAMILIES | {
 }
 # A layer's norms, linears, MLP and attention, twice, and the last norm.
 FUSED = {"gemma3": 31, "gelu": 21, "phi3": 17, "qwen3": 27}
+# All computed again, whole or in blocks of queries; or streamed, where rotary positions are autograd's.
+LIMITS = [
+    [(documents, "SHORT", 0)],
+    [(documents, "SHORT", 0), (documents, "QUERIES", 4)],
+    [(attention, "LONG", 0)],
+]
 
 
 def adapted(config: Any, **how: Any) -> Any:
@@ -64,12 +72,13 @@ def test_fused_is_peft_in_float32(family: str) -> None:
     assert_equal_models(model, plain, 2e-6)
 
 
-@pytest.mark.parametrize("limit", ["SHORT", "LONG"])
-def test_fused_is_peft_where_documents_are_long(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limits", LIMITS)
+def test_fused_is_peft_where_documents_are_long(limits: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(FAMILIES["qwen3"]())
     plain = copy.deepcopy(model)
     fused.fuse(model, kernels(compiled=False))
-    monkeypatch.setattr(attention, limit, 0)  # rotary positions are then autograd's, on the streamed path
+    for limit in limits:
+        monkeypatch.setattr(*limit)
     assert_equal_models(model, plain, 2e-6)
 
 
@@ -120,7 +129,6 @@ def test_a_layer_called_alone_or_twice_still_answers() -> None:
         assert gap(getattr(own, name)(x), getattr(other, name)(x)) < 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_formulas_are_the_formulas(dtype: torch.dtype) -> None:
@@ -139,3 +147,54 @@ def test_compiled_formulas_are_the_formulas(dtype: torch.dtype) -> None:
             found = compiled.gate_backward[name](grad[:, :16], x)
             for one, other in zip(found, plain.gate_backward[name](grad[:, :16], x), strict=True):
                 assert gap(one, other) < bound
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seen", [Seen(20), Seen(20, 7), Seen(20, 7, 5), Seen(2)])
+def test_compiled_softmax_sees_the_keys_that_the_plain_one_sees(dtype: torch.dtype, seen: Seen) -> None:
+    plain, compiled = kernels(compiled=False), kernels(compiled=True)
+    bound = 1e-6 if dtype is torch.float32 else 1e-2
+    draw = torch.Generator().manual_seed(0)
+    shape = (4, 3 * seen.length, seen.before + seen.length)
+    scores, grad = (4 * torch.randn(*shape, generator=draw).to(dtype) for _ in range(2))
+    weights = plain.soften(scores.clone(), seen, 0.3)
+    found = compiled.soften(scores.clone(), seen, 0.3)
+    assert gap(found, weights) < bound
+    assert torch.equal(found == 0, weights == 0)
+    slope = plain.soften_backward(grad.clone(), weights, seen, 0.3)
+    assert gap(compiled.soften_backward(grad.clone(), weights, seen, 0.3), slope) < bound
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_rotation_and_head_are_the_plain_ones(dtype: torch.dtype) -> None:
+    plain, compiled = kernels(compiled=False), kernels(compiled=True)
+    bound = 1e-6 if dtype is torch.float32 else 1e-2
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(33, 9, 16, generator=draw).to(dtype)[:, 3:7]  # a piece of a wider row
+    cos, sin = (torch.randn(33, 12, generator=draw).to(dtype) for _ in range(2))
+    assert gap(compiled.turn(x, cos, sin), plain.turn(x, cos, sin)) < bound
+    assert gap(compiled.unturn(x, cos, sin), plain.unturn(x, cos, sin)) < bound
+    logits = 6 * torch.randn(9, 1000, generator=draw).to(dtype)
+    targets = torch.randint(0, 1000, (9,), generator=draw)
+    for one, other in zip(
+        compiled.settle(logits.clone(), targets, True),
+        plain.settle(logits.clone(), targets, True),
+        strict=True,
+    ):
+        assert gap(one, other) < bound
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_compiled_formulas_let_no_bad_number_pass_for_a_good_one(dtype: torch.dtype, bad: float) -> None:
+    compiled = kernels(compiled=True)
+    row = torch.ones(1, 40, dtype=dtype)
+    row[0, 17] = bad
+    assert not compiled.norm(row, torch.ones(40, dtype=dtype), 1e-5, 0.0)[0].isfinite().all()
+    assert not compiled.settle(row.clone(), torch.tensor([3]), True)[0].isfinite().all()
+    assert not compiled.soften(row.clone(), Seen(1, 39), 1.0).isfinite().all()
+    both = torch.cat((row, row), dim=1)
+    assert not compiled.gate["silu"](both).isfinite().all()

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.engine import attention, base, batch, fused, head, trie
-from luthier.engine.attention import Documents
-from luthier.engine.kernels import kernels
+from luthier.engine import attention, base, batch, documents, fused, head, trie
+from luthier.engine.documents import Documents
+from luthier.engine.native import kernels
 from luthier.objectives import Batch
 from luthier.template import Encoded
 from tests.engine.test_attention import rows as unrelated
@@ -25,6 +25,12 @@ BOUND = 2e-6  # of float32; the sum over rows is taken in another order, so the 
 MODELS = {family: make(FAMILIES[family]()) for family in ("llama", "mistral")}
 # Few different tokens, so that rows nest, end inside each other and repeat.
 TREES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12).map(tuple), min_size=1, max_size=8)
+# All computed again, whole or in blocks of queries; or streamed, where rotary positions are autograd's.
+LIMITS = [
+    [(documents, "SHORT", 0)],
+    [(documents, "SHORT", 0), (documents, "QUERIES", 4)],
+    [(attention, "LONG", 0)],
+]
 
 
 def text(seed: int, length: int) -> tuple[int, ...]:
@@ -53,7 +59,7 @@ def related() -> list[Encoded]:
     ]
 
 
-def documents(micro: Batch) -> Documents:
+def layout(micro: Batch) -> Documents:
     return Documents.of(micro.lengths_S or micro.lengths_D, micro.parents_S)
 
 
@@ -108,12 +114,13 @@ def test_shared_is_flat_in_bfloat16_but_for_rounding(fuse: bool) -> None:
     assert worst(model, related(), 1) < (2e-2 if fuse else 3e-2)  # PEFT casts, and so rounds, more often
 
 
-@pytest.mark.parametrize("limit", ["SHORT", "LONG"])
+@pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("family", ["gemma3", "llama", "mistral"])
 def test_recomputed_and_streamed_attention_share_as_well(
-    family: str, limit: str, monkeypatch: pytest.MonkeyPatch
+    family: str, limits: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, limit, 0)
+    for limit in limits:
+        monkeypatch.setattr(*limit)
     model = adapted(FAMILIES[family]())
     assert worst(model, related(), 1) < BOUND
     fused.fuse(model, kernels(compiled=False))
@@ -204,7 +211,7 @@ def test_rows_that_share_nothing_are_laid_out_and_packed_as_if_sharing_did_not_e
     assert micro.ids_T.tolist() == [token for one in some for token in one.ids]
     for one, other in zip(vars(micro).values(), vars(flat).values(), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-    assert not any(group.path for group in documents(micro).groups)
+    assert not any(group.path for group in layout(micro).groups)
     assert batch.bins(some, 40) == batch.pack([len(one.ids) for one in some], 40)
 
 
@@ -222,7 +229,7 @@ def test_those_that_follow_the_same_tokens_attend_together() -> None:
     prompt = text(1, 32)
     answers = ((2, 9), (3, 30), (4, 12), (5, 16))
     some = [row(prompt + text(seed, length), str(seed), 32) for seed, length in answers]
-    groups = documents(batch.collate(some)).groups
+    groups = layout(batch.collate(some)).groups
     found = [(group.before, group.documents, group.length) for group in groups]
     assert found == [(0, 1, 32), (32, 2, 30), (32, 2, 12)]
     assert groups[1].path == groups[2].path == ((0, 0, 32),)

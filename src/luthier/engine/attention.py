@@ -2,14 +2,13 @@
 
 Source: scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762) and its gradient as matrix
 products; sliding windows as in Mistral (Jiang et al. 2023, arXiv 2310.06825): token q sees keys k with
-q - window < k <= q. Documents of like length share one batched product: padding behind a document's end
-changes nothing before it, as no token looks ahead, and is dropped at once. Probabilities of short documents
-are kept for the way back, those of long ones computed again; very long ones go through torch's own kernel,
-which never holds the L × L scores.
+q - window < k <= q. Documents of like length share one batched product (`engine.documents`). Probabilities of
+short documents are kept for the way back. Long ones attend in blocks of queries, each with the keys up to its
+own end, and their probabilities are computed again; very long ones go through torch's own kernel.
 
-Documents may follow another one, whose tokens they see before their own: what rows share is attended to where
-it lies, and computed once. Queries are a document's own tokens, keys the path's and its own. Those that
-follow the same path share one product over its keys, whose gradient is the sum of what they all send back.
+What documents share is attended to where it lies, and computed once. Queries are a document's own tokens,
+keys the path's and its own. Those that follow the same path share one product over its keys, whose gradient
+is the sum of what they all send back.
 
 It enters through transformers' attention interface under
 the name `IMPLEMENTATION`, so every decoder family that uses that interface has it; with no mask function
@@ -23,8 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,86 +30,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from luthier.engine.kernels import Kernels, kernels
+from luthier.engine.documents import Documents, Group
+from luthier.engine.kernels import PLAIN, Kernels, Seen
 from luthier.engine.kernels import turn as rotated
 from luthier.errors import ModelError
 
 IMPLEMENTATION = "luthier_documents"
-SHORT = 256  # tokens; up to here a document's probabilities are kept for the way back, else computed again
 LONG = 2048  # tokens; beyond it the scores of one document are too many to hold even for a moment
 Qkv = tuple[Tensor, Tensor, Tensor]  # (T, heads, width), and keys and values (T, key heads, width)
 Turn = tuple[Tensor, Tensor]  # rotary cos and sin, each (T, rotated width)
 KeysValues = tuple[Tensor, Tensor]  # or their gradients
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions"})
-
-
-@dataclass(frozen=True)
-class Group:
-    """Neighbouring documents that attend in one call, each laid out over `length` places.
-
-    spread_P: for each of documents × length places, the group's token that lies there (any, behind the end).
-    gather_T: for each of the group's tokens, its place.
-    path:     documents that all of these follow, first to last: each one's group, number there and length.
-    before:   how many tokens those have.
-    """
-
-    start: int
-    tokens: int
-    documents: int
-    length: int
-    spread_P: Tensor
-    gather_T: Tensor
-    path: tuple[tuple[int, int, int], ...] = ()
-    before: int = 0
-
-    @property
-    def reach(self) -> int:
-        """How many keys the last query of a document sees."""
-        return self.before + self.length
-
-
-@dataclass(frozen=True)
-class Documents:
-    """How a batch's tokens fall into documents; built once per batch, used by every layer."""
-
-    groups: tuple[Group, ...]
-    tokens: int
-
-    @staticmethod
-    def of(lengths_D: Sequence[int], parents_D: Sequence[int] = ()) -> Documents:
-        """Group neighbours that follow the same document: short ones unless one is more than twice another,
-        long ones if equal. `parents_D`: an earlier document that each one follows, -1 or empty: none."""
-        runs: list[tuple[int, list[int]]] = []
-        through: list[tuple[tuple[int, int, int], ...]] = []  # the path up to and with each document
-        for length, parent in zip(lengths_D, parents_D or (-1,) * len(lengths_D), strict=True):
-            if runs and runs[-1][0] == parent and _like(length, runs[-1][1]):
-                runs[-1][1].append(length)
-            else:
-                runs.append((parent, [length]))
-            here = (len(runs) - 1, len(runs[-1][1]) - 1, length)
-            through.append((*(through[parent] if parent >= 0 else ()), here))
-        groups, start = [], 0
-        for parent, run in runs:
-            groups.append(_group(start, run, through[parent] if parent >= 0 else ()))
-            start += sum(run)
-        return Documents(tuple(groups), start)
-
-
-def _like(length: int, run: Sequence[int]) -> bool:
-    longest, shortest = max(length, *run), min(length, *run)
-    return longest == shortest or (longest <= SHORT and 2 * shortest >= longest)
-
-
-def _group(start: int, lengths: Sequence[int], path: tuple[tuple[int, int, int], ...]) -> Group:
-    longest, begin = max(lengths), 0
-    spread, gather = [], []
-    for number, length in enumerate(lengths):
-        place = torch.arange(longest)
-        spread.append(begin + place.clamp(max=length - 1))
-        gather.append(number * longest + place[:length])
-        begin += length
-    before = sum(length for _, _, length in path)
-    return Group(start, begin, len(lengths), longest, torch.cat(spread), torch.cat(gather), path, before)
 
 
 def attend(
@@ -168,7 +97,7 @@ class How:
     window: int | None
     scale: float
     dropout: float = 0.0
-    formulas: Kernels = field(default_factory=partial(kernels, compiled=False))
+    formulas: Kernels = PLAIN
 
 
 def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) -> Tensor:
@@ -182,13 +111,6 @@ def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) 
     at = (turn, documents, how)
     out_THE: Tensor = _Attention.apply(q_THE, k_TKE, v_TKE, at)  # type: ignore[no-untyped-call]
     return out_THE
-
-
-def _hidden(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
-    """True where a query (row) must not see a key (column); `before` keys come ahead of the first query."""
-    place = torch.arange(before + length, device=device)
-    behind = place[before:, None] - place[None, :]
-    return (behind < 0) if window is None else (behind < 0) | (behind >= window)
 
 
 class _Attention(torch.autograd.Function):
@@ -207,10 +129,16 @@ class _Attention(torch.autograd.Function):
             q, k, v = _laid_out((q_THE, k_TKE, v_TKE), turn, group, how)
             laid.append((k, v))
             k_far, v_far = _path(laid, group, kv_heads)
-            weights = _weights(q, (k, k_far), group, how)
-            part = _gather(_mixed(weights, v, v_far), group, q_THE.shape[1])
-            out_THE[group.start : group.start + group.tokens] = part
-            kept += [q, k, v, weights] if group.reach <= SHORT else [q, k, v]
+            kept += [q, k, v]
+            mixed = torch.empty_like(q) if len(group.blocks) > 1 else q
+            for block in group.blocks:
+                near = slice(0, block[1])
+                weights = _weights(_queries(q, group, block), (k[:, near], k_far), (group, block), how)
+                part = _mixed(weights, v[:, near], v_far)
+                mixed = _put(mixed, part, group, block)
+            if group.short:
+                kept.append(weights)
+            out_THE[group.start : group.start + group.tokens] = _gather(mixed, group, q_THE.shape[1])
         ctx.save_for_backward(*(turn or (None, None)), *kept)
         ctx.documents, ctx.how, ctx.heads = documents, how, (q_THE.shape[1], kv_heads)
         return out_THE
@@ -224,30 +152,76 @@ class _Attention(torch.autograd.Function):
         tokens, width = len(grad_THE), grad_THE.shape[-1]
         sent = [grad_THE.new_empty(tokens, count, width) for count in (heads, kv_heads, kv_heads)]
         tensors = iter(kept)
-        held = [[next(tensors) for _ in range(4 if group.reach <= SHORT else 3)] for group in groups]
+        held = [[next(tensors) for _ in range(4 if group.short else 3)] for group in groups]
         laid = [(k, v) for _, k, v, *_ in held]
         owed: dict[int, KeysValues] = {}  # to keys and values of groups that later ones follow
         for number, group in reversed(list(enumerate(groups))):
-            q, k, v, *weighed = held[number]
-            k_far, v_far = _path(laid, group, kv_heads)
-            weights = weighed[0] if weighed else _weights(q, (k, k_far), group, how)
-            places = grad_THE.new_zeros(group.documents * group.length, heads, width)
-            places[group.gather_T] = grad_THE[group.start : group.start + group.tokens]
-            grad = _stacked(places, group, kv_heads)
-            v_grad, v_owed = _collected(weights, grad, v_far)
-            slope = how.formulas.soften_backward(_against(grad, v, v_far), weights, how.scale)
-            k_grad, k_owed = _collected(slope, q, k_far)
-            if k_owed is not None and v_owed is not None:
-                _owe(owed, laid, group, (k_owed, v_owed))
-            if number in owed:
-                k_more, v_more = owed.pop(number)
-                k_grad, v_grad = (k_grad + k_more).to(k.dtype), (v_grad + v_more).to(v.dtype)
-            found = _mixed(slope, k, k_far), k_grad, v_grad
             part = slice(group.start, group.start + group.tokens)
+            grad = _spread(grad_THE[part], group, kv_heads)
+            found, due = _group_backward(held[number], _path(laid, group, kv_heads), grad, (group, how))
+            for owing in due:
+                _owe(owed, laid, group, owing)
+            if number in owed:
+                more = owed.pop(number)
+                found = [found[0], *((x + y).to(x.dtype) for x, y in zip(found[1:], more, strict=True))]
             for whole, piece, turned in zip(sent, found, (turn, turn, None), strict=True):
                 flat = _gather(piece, group, whole.shape[1])
                 whole[part] = flat if turned is None else how.formulas.unturn(flat, cos[part], sin[part])
         return *sent, None
+
+
+def _group_backward(
+    held: Sequence[Tensor], far: KeysValues | tuple[None, None], grad: Tensor, at: tuple[Group, How]
+) -> tuple[list[Tensor], list[KeysValues]]:
+    """The gradients of a group's queries, keys and values, and what its path is owed."""
+    (q, k, v, *weighed), (k_far, v_far), (group, how) = held, far, at
+    whole = len(group.blocks) == 1
+    q_grad = torch.empty_like(q)
+    # Several blocks add to one key, so they do it in float32.
+    k_grad, v_grad = (torch.zeros_like(x, dtype=x.dtype if whole else torch.float32) for x in (k, v))
+    due: list[KeysValues] = []
+    for block in group.blocks:
+        near = slice(0, block[1])
+        q_part, grad_part = (_queries(x, group, block) for x in (q, grad))
+        weights = weighed[0] if weighed else _weights(q_part, (k[:, near], k_far), (group, block), how)
+        v_part, v_owed = _collected(weights, grad_part, v_far)
+        against = _against(grad_part, v[:, near], v_far)
+        slope = how.formulas.soften_backward(against, weights, _seen(group, block, how), how.scale)
+        k_part, k_owed = _collected(slope, q_part, k_far)
+        q_grad = _put(q_grad, _mixed(slope, k[:, near], k_far), group, block)
+        if whole:
+            k_grad, v_grad = k_part, v_part
+        else:
+            k_grad[:, near] += k_part
+            v_grad[:, near] += v_part
+        if k_owed is not None and v_owed is not None:
+            due.append((k_owed, v_owed))
+    return [q_grad, k_grad.to(k.dtype), v_grad.to(v.dtype)], due
+
+
+def _queries(x: Tensor, group: Group, block: tuple[int, int]) -> Tensor:
+    """The rows of a block's queries: (documents · K, heads per K · block, width)."""
+    if block == (0, group.length):
+        return x
+    x_NGLE = x.view(len(x), -1, group.length, x.shape[-1])
+    return x_NGLE[:, :, slice(*block)].reshape(len(x), -1, x.shape[-1])
+
+
+def _put(whole: Tensor, part: Tensor, group: Group, block: tuple[int, int]) -> Tensor:
+    """`whole` with the rows of a block's queries set."""
+    if block == (0, group.length):
+        return part
+    whole_NGLE = whole.view(len(whole), -1, group.length, whole.shape[-1])
+    whole_NGLE[:, :, slice(*block)] = part.view(len(whole), -1, block[1] - block[0], whole.shape[-1])
+    return whole
+
+
+def _spread(x_THE: Tensor, group: Group, kv_heads: int) -> Tensor:
+    """A group's tokens in their places, 0 behind a document's end, as `_stacked` has them."""
+    if group.even:
+        return _stacked(x_THE, group, kv_heads)
+    places = x_THE.new_zeros(group.documents * group.length, *x_THE.shape[1:])
+    return _stacked(places.index_copy_(0, group.gather_T, x_THE), group, kv_heads)
 
 
 def _path(laid: Sequence[KeysValues], group: Group, kv_heads: int) -> KeysValues | tuple[None, None]:
@@ -317,17 +291,20 @@ def _laid_out(qkv: Qkv, turn: Turn | None, group: Group, how: How) -> list[Tenso
     for x, turned in zip(qkv, (turn, turn, None), strict=True):
         part = slice(group.start, group.start + group.tokens)
         flat = x[part] if turned is None else how.formulas.turn(x[part], turned[0][part], turned[1][part])
-        found.append(_stacked(flat.index_select(0, group.spread_P), group, kv_heads))
+        found.append(_stacked(flat if group.even else flat.index_select(0, group.spread_P), group, kv_heads))
     return found
 
 
-def _weights(q: Tensor, keys: tuple[Tensor, Tensor | None], group: Group, how: How) -> Tensor:
-    """Attention probabilities (documents · K, heads per K · length, reach) in the number type of `q`."""
-    bias_LR = torch.zeros(group.length, group.reach, device=q.device)
-    bias_LR.masked_fill_(_hidden(group.length, how.window, q.device, group.before), -torch.inf)
-    scores = _against(q, *keys).view(len(q), -1, group.length, group.reach)
-    weights: Tensor = how.formulas.soften(scores, bias_LR, how.scale).view(len(q), -1, group.reach)
+def _weights(
+    q: Tensor, keys: tuple[Tensor, Tensor | None], at: tuple[Group, tuple[int, int]], how: How
+) -> Tensor:
+    """Attention probabilities (documents · K, heads per K · block, keys) in the number type of `q`."""
+    weights: Tensor = how.formulas.soften(_against(q, *keys), _seen(*at, how), how.scale)
     return weights
+
+
+def _seen(group: Group, block: tuple[int, int], how: How) -> Seen:
+    return Seen(block[1] - block[0], group.before + block[0], how.window)
 
 
 def _stacked(x_PHE: Tensor, group: Group, kv_heads: int) -> Tensor:
@@ -340,13 +317,15 @@ def _stacked(x_PHE: Tensor, group: Group, kv_heads: int) -> Tensor:
 def _gather(x: Tensor, group: Group, heads: int) -> Tensor:
     """Undo `_stacked` and drop what lies behind a document's end: (tokens, heads, width)."""
     x_DHLE = x.view(group.documents, heads, group.length, x.shape[-1])
-    return x_DHLE.transpose(1, 2).reshape(-1, heads, x.shape[-1]).index_select(0, group.gather_T)
+    x_PHE = x_DHLE.transpose(1, 2).reshape(-1, heads, x.shape[-1])
+    return x_PHE if group.even else x_PHE.index_select(0, group.gather_T)
 
 
 def _streamed(qkv: Qkv, group: Group, documents: Documents, how: How) -> Tensor:
     """The same through torch's kernel, which never holds the scores: (tokens, heads, width)."""
     q_THE, k_THE, v_THE = qkv
     masked = bool(group.path) or (how.window is not None and how.window < group.length)
+    seen_keys = Seen(group.length, group.before, how.window)
 
     def cut(x_THE: Tensor) -> Tensor:
         part = x_THE[group.start : group.start + group.tokens].index_select(0, group.spread_P)
@@ -361,7 +340,7 @@ def _streamed(qkv: Qkv, group: Group, documents: Documents, how: How) -> Tensor:
 
     out_DHLE = scaled_dot_product_attention(
         cut(q_THE), seen(k_THE), seen(v_THE),
-        attn_mask=~_hidden(group.length, how.window, q_THE.device, group.before) if masked else None,
+        attn_mask=~seen_keys.hidden(group.reach, q_THE.device) if masked else None,
         dropout_p=how.dropout, is_causal=not masked, scale=how.scale,
         enable_gqa=q_THE.shape[1] != k_THE.shape[1],
     )  # fmt: skip

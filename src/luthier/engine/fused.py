@@ -23,8 +23,9 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from luthier.engine.attention import Documents, How, Turn, hearing, over_documents
-from luthier.engine.kernels import ACTIVATIONS, Kernel, Kernels, kernels
+from luthier.engine.attention import How, Turn, hearing, over_documents
+from luthier.engine.documents import Documents
+from luthier.engine.kernels import ACTIVATIONS, PLAIN, Kernel, Kernels
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 TRIAL_TOKENS = 8
@@ -285,7 +286,7 @@ def _fuse_norm(module: Any, formulas: Kernels, done: set[nn.Module]) -> None:
     if weight_E is None or eps is None or weight_E.requires_grad:
         return
     for shift in (0.0, 1.0):  # Gemma's weights count from 1
-        settings = (weight_E, kernels(compiled=False), float(eps), shift)
+        settings = (weight_E, PLAIN, float(eps), shift)
         if _same(module, _Norm, settings, weight_E.shape[-1]):
             module.forward = partial(_call, _Norm, (weight_E, formulas, float(eps), shift))
             done.add(module)
@@ -302,10 +303,7 @@ def _fuse_mlp(module: Any, formulas: Kernels, done: set[nn.Module]) -> None:
     stacks = Stack(both), Stack([down])
     adapters = [*stacks[0].adapters(), *stacks[1].adapters()]
     for name in ACTIVATIONS:
-        plain, wanted = (
-            Gated(*stacks, own.gate[name], own.gate_backward[name])
-            for own in (kernels(compiled=False), formulas)
-        )
+        plain, wanted = (Gated(*stacks, own.gate[name], own.gate_backward[name]) for own in (PLAIN, formulas))
         if _same(module, _Gated, (plain, *adapters), stacks[0].weight_O_E.shape[1]):
             module.forward = partial(_call, _Gated, (wanted, *adapters))
             done.update([module, *(member for member in members if member is not None)])

@@ -15,37 +15,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.engine.attention import Documents
+from luthier.engine.documents import Documents
+from luthier.engine.kernels import PLAIN, Kernel, Kernels
 from luthier.objectives import Batch
 
-TILE = 128  # rows of logits alive at once
+TILE = 256  # rows of logits alive at once
 
 
-def token_logps(hidden_N_E: Tensor, weight_V_E: Tensor, targets_N: Tensor, tile: int = TILE) -> Tensor:
+def token_logps(
+    hidden_N_E: Tensor, weight_V_E: Tensor, targets_N: Tensor, tile: int = TILE, settle: Kernel = PLAIN.settle
+) -> Tensor:
     """logp_N in float32: log softmax(hidden @ weight.T) at the target of each row."""
-    logp_N: Tensor = _TokenLogps.apply(hidden_N_E, weight_V_E, targets_N, tile)  # type: ignore[no-untyped-call]
+    at = (hidden_N_E, weight_V_E, targets_N, tile, settle)
+    logp_N: Tensor = _TokenLogps.apply(*at)  # type: ignore[no-untyped-call]
     return logp_N
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_N_E: Tensor, weight_V_E: Tensor, targets_N: Tensor, tile: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_N_E: Tensor, weight_V_E: Tensor, targets_N: Tensor, tile: int, settle: Kernel
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         logp_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_N_E.device)
         slope_N_E = torch.empty_like(hidden_N_E) if needs_hidden else None
         for start in range(0, len(targets_N), tile):
             part = slice(start, start + tile)
-            logp_n_V = _log_softmax(hidden_N_E[part], weight_V_E)
-            logp_N[part] = logp_n_V.gather(1, targets_N[part, None])[:, 0]
+            logits_n_V = hidden_N_E[part] @ weight_V_E.T
+            logp_N[part], residual_n_V = settle(logits_n_V, targets_N[part], needs_hidden)
             if slope_N_E is not None:
-                slope_N_E[part] = _residual(logp_n_V, targets_N[part]).to(weight_V_E.dtype) @ weight_V_E
+                torch.mm(residual_n_V, weight_V_E, out=slope_N_E[part])
         ctx.save_for_backward(slope_N_E, targets_N, *((hidden_N_E, weight_V_E) if needs_weight else ()))
-        ctx.tile = tile
+        ctx.tile, ctx.settle = tile, settle
         return logp_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         slope_N_E, targets_N, *trained = ctx.saved_tensors
         hidden_grad = None if slope_N_E is None else (grad_N[:, None] * slope_N_E).to(slope_N_E.dtype)
         weight_grad = None
@@ -54,24 +60,13 @@ class _TokenLogps(torch.autograd.Function):
             weight_grad = torch.zeros_like(weight_V_E, dtype=torch.float32)
             for start in range(0, len(targets_N), ctx.tile):
                 part = slice(start, start + ctx.tile)
-                residual = _residual(_log_softmax(hidden_N_E[part], weight_V_E), targets_N[part])
-                weight_grad += (residual * grad_N[part, None]).T @ hidden_N_E[part].float()
+                _, residual = ctx.settle(hidden_N_E[part] @ weight_V_E.T, targets_N[part], True)
+                weight_grad += (residual.float() * grad_N[part, None]).T @ hidden_N_E[part].float()
             weight_grad = weight_grad.to(weight_V_E.dtype)
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, weight_grad, None, None, None
 
 
-def _log_softmax(hidden_n_E: Tensor, weight_V_E: Tensor) -> Tensor:
-    return torch.log_softmax((hidden_n_E @ weight_V_E.T).float(), dim=-1)
-
-
-def _residual(logp_n_V: Tensor, targets_n: Tensor) -> Tensor:
-    """onehot(target) - p, reusing the tile's memory."""
-    residual = logp_n_V.exp_().neg_()
-    residual[torch.arange(len(targets_n), device=targets_n.device), targets_n] += 1.0
-    return residual
-
-
-def batch_logps(model: Any, batch: Batch, tile: int = TILE) -> Tensor:
+def batch_logps(model: Any, batch: Batch, tile: int = TILE, formulas: Kernels = PLAIN) -> Tensor:
     """logp_N of a packed batch under a decoder: hidden states, then `token_logps` where there is a loss."""
     output = model.get_decoder()(
         input_ids=batch.ids_T[None],
@@ -80,4 +75,5 @@ def batch_logps(model: Any, batch: Batch, tile: int = TILE) -> Tensor:
         use_cache=False,
     )
     hidden_N_E = output.last_hidden_state[0].index_select(0, batch.places_N)
-    return token_logps(hidden_N_E, model.get_output_embeddings().weight, batch.targets_N, tile)
+    head_V_E = model.get_output_embeddings().weight
+    return token_logps(hidden_N_E, head_V_E, batch.targets_N, tile, formulas.settle)

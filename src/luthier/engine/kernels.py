@@ -1,20 +1,18 @@
 """The elementwise formulas of a decoder layer and their gradients, each a function of whole tensors.
 
 Sources: RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467); gated linear units (Shazeer 2020, arXiv
-2002.05202); rotary positions (Su et al. 2021, arXiv 2104.09864); the softmax of attention scores. Run as
-they stand they are a handful of torch calls; compiled (torch.compile), each is one pass over memory.
-Statistics are float32 whatever comes in. Compiling changes no formula, but it skips roundings in between, so
-bits may differ from the uncompiled run: a run uses one or the other to its end.
+2002.05202); rotary positions (Su et al. 2021, arXiv 2104.09864); the softmax of attention scores. Here they
+are a handful of torch calls each, for any device; `engine.native` has most of them as one pass over memory of
+a CPU. Statistics are float32 whatever comes in. What a formula is given may be overwritten
+where it says so.
 
 It does not know modules or adapters.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ Kernel = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Kernels:
-    """The formulas, compiled or as they stand."""
+    """The formulas, as they stand here or another way."""
 
     norm: Kernel
     norm_backward: Kernel
@@ -36,6 +34,25 @@ class Kernels:
     soften_backward: Kernel
     turn: Kernel
     unturn: Kernel
+    settle: Kernel
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which keys a query sees: itself and all before it, or the last `window` of these.
+
+    Queries come in rounds of `length`; ahead of the first one's own key there are `before` others.
+    """
+
+    length: int
+    before: int = 0
+    window: int | None = None
+
+    def hidden(self, reach: int, device: torch.device | None = None) -> Tensor:
+        """(length, reach): True where a query (row) must not see a key (column)."""
+        place = torch.arange(self.before, self.before + self.length, device=device)
+        behind = place[:, None] - torch.arange(reach, device=device)[None, :]
+        return (behind < 0) if self.window is None else (behind < 0) | (behind >= self.window)
 
 
 def norm(x_T_E: Tensor, weight_E: Tensor, eps: float, shift: float) -> tuple[Tensor, Tensor]:
@@ -71,15 +88,16 @@ def _gate_backward(activation: Kernel, slope: Kernel) -> Kernel:
     return backward
 
 
-def soften(scores_NGLR: Tensor, bias_LR: Tensor, scale: float) -> Tensor:
-    """softmax(scale · scores + bias) over the last axis; the bias is -inf where a key is hidden."""
-    wide = scores_NGLR.float() * scale + bias_LR
-    risen = (wide - wide.amax(-1, keepdim=True)).exp()
-    return (risen / risen.sum(-1, keepdim=True)).to(scores_NGLR.dtype)
+def soften(scores_NMR: Tensor, seen: Seen, scale: float) -> Tensor:
+    """softmax(scale · scores) over the keys that each query sees, 0 elsewhere. May overwrite the scores."""
+    scores_NGLR = scores_NMR.view(len(scores_NMR), -1, seen.length, scores_NMR.shape[-1]).float() * scale
+    scores_NGLR.masked_fill_(seen.hidden(scores_NMR.shape[-1], scores_NMR.device), -torch.inf)
+    return torch.softmax(scores_NGLR, -1).to(scores_NMR.dtype).view_as(scores_NMR)
 
 
-def soften_backward(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
-    """The gradient of the scores from that of the weights; where a weight is 0, so is the gradient."""
+def soften_backward(grad: Tensor, weights: Tensor, seen: Seen, scale: float) -> Tensor:
+    """The gradient of the scores from that of the weights, which may be overwritten."""
+    del seen  # where a weight is 0, so is the gradient
     slope, wide = grad.float(), weights.float()
     return ((slope - (slope * wide).sum(-1, keepdim=True)) * wide * scale).to(weights.dtype)
 
@@ -105,6 +123,17 @@ def unturn(grad_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return torch.cat((first.to(dtype), second.to(dtype), grad_THE[..., 2 * half :]), dim=-1)
 
 
+def settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Float32 log softmax at the targets and, if `wanted`, onehot(target) - softmax in the logits' place."""
+    logp_N_V = torch.log_softmax(logits_N_V.float(), dim=-1)
+    chosen_N = logp_N_V.gather(1, targets_N[:, None])[:, 0]
+    if not wanted:
+        return chosen_N, None
+    residual_N_V = logp_N_V.exp_().neg_()
+    residual_N_V[torch.arange(len(targets_N), device=targets_N.device), targets_N] += 1.0
+    return chosen_N, residual_N_V.to(logits_N_V.dtype)
+
+
 def _tanh_gelu(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
@@ -119,28 +148,9 @@ ACTIVATIONS: dict[str, tuple[Kernel, Kernel]] = {
 }
 
 
-@cache
-def kernels(compiled: bool) -> Kernels:
-    """Compiled ones take tens of seconds the first time they meet a kind of tensor."""
-
-    def ready(formula: Kernel) -> Kernel:
-        return torch.compile(formula, dynamic=True) if compiled else formula
-
-    if compiled:  # past the limit torch falls back to uncompiled code without a word, and bits would change
-        torch._dynamo.config.recompile_limit = 256
-
-    return Kernels(
-        norm=ready(norm),
-        norm_backward=ready(norm_backward),
-        gate={name: _gate(forward) for name, (forward, _) in ACTIVATIONS.items()},  # torch's own are faster
-        gate_backward={name: ready(_gate_backward(*pair)) for name, pair in ACTIVATIONS.items()},
-        soften=ready(soften),
-        soften_backward=ready(soften_backward),
-        turn=ready(turn),
-        unturn=ready(unturn),
-    )
-
-
-def can_compile() -> bool:
-    """Whether a C++ compiler is at hand; without one the formulas run as they stand."""
-    return any(shutil.which(name) for name in ("g++", "clang++"))
+PLAIN = Kernels(
+    norm=norm, norm_backward=norm_backward,
+    gate={name: _gate(forward) for name, (forward, _) in ACTIVATIONS.items()},
+    gate_backward={name: _gate_backward(*pair) for name, pair in ACTIVATIONS.items()},
+    soften=soften, soften_backward=soften_backward, turn=turn, unturn=unturn, settle=settle,
+)  # fmt: skip

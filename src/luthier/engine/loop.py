@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from luthier.engine.head import TILE
+from luthier.engine.kernels import PLAIN, Kernels
 from luthier.engine.placement import ONE, Placement, part, whole
 from luthier.errors import TrainError
 from luthier.objectives import Batch, Loss
@@ -64,6 +65,7 @@ class Settings:
     on_sick: Literal["stop", "skip"] = "stop"
     spike: float | None = None
     tile: int = TILE
+    formulas: Kernels = PLAIN
     place: Placement = ONE
 
 
@@ -169,7 +171,8 @@ def _gradients(
     model.train()
     place = settings.place
     with torch.random.fork_rng(devices=[place.device] if place.device.type == "cuda" else []):
-        found = _sums(model, taught, objective, (place, settings.tile), (settings.seed, step))
+        how = (place, settings.tile, settings.formulas)
+        found = _sums(model, taught, objective, how, (settings.seed, step))
     for (value, _), micro in zip(found, taught, strict=True):
         if not math.isfinite(value):
             raise _sick(f"the loss of step {step} is {value}", micro.rows)
@@ -192,18 +195,18 @@ def _sums(
     model: Any,
     micros: Sequence[Batch],
     objective: Objective,
-    how: tuple[Placement, int],
+    how: tuple[Placement, int, Kernels],
     noise: tuple[int, int] | None = None,
 ) -> list[tuple[float, int]]:
     """(loss sum, count) of each micro-batch, whichever rank computes it; gradients too, if there is noise."""
-    place, tile = how
+    place, *rest = how
     table = torch.zeros(len(micros) + 1, 2, dtype=torch.float64)  # the last line: whether to stop
     try:
         for number, weight in place.share([len(micro.ids_T) for micro in micros]):
             micro = place.put(micros[number])
             if noise is not None:
                 torch.manual_seed(noise_seed(*noise, number))
-            loss = objective(place.logps(model, micro, tile), None, micro)
+            loss = objective(place.logps(model, micro, *rest), None, micro)
             table[number] += weight * torch.tensor((loss.total.item(), loss.count), dtype=torch.float64)
             if noise is not None:
                 (weight * loss.total).backward()  # type: ignore[no-untyped-call]
@@ -234,12 +237,12 @@ def mean_loss(
     model: Any,
     micros: Sequence[Batch],
     objective: Objective,
-    tile: int = TILE,
+    formulas: Kernels = PLAIN,
     place: Placement = ONE,
 ) -> tuple[float, int]:
     """(loss sum, count) of these micro-batches, without dropout or gradients."""
     model.eval()
-    found = _sums(model, micros, objective, (place, tile))
+    found = _sums(model, micros, objective, (place, TILE, formulas))
     return sum(value for value, _ in found), sum(count for _, count in found)
 
 

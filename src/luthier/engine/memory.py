@@ -24,12 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.engine.attention import SHORT
+from luthier.engine.documents import SHORT
 
 FRAGMENTATION = 0.9  # of the activations: what is kept beside them and cannot be used for them
 SLACK = 0.03  # of everything else: allocator rounding, thread buffers of the matrix library
 PROCESS_BYTES = 550_000_000  # Python with torch, transformers and PEFT loaded, before any weight
 FLOAT32 = 4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,19 @@ def release() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def hold() -> None:
+    """From now on keep freed memory for the next tensor (glibc only).
+
+    Given back to the kernel, every large tensor would be touched for the first time again, page by page: a
+    fifth of a training step. `release` still gives it back.
+    """
+    with suppress(OSError, AttributeError):
+        heap = ctypes.CDLL(None)
+        heap.mallopt(_M_MMAP_MAX, 0)
+        heap.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        heap.mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
 def forget_peak() -> bool:

@@ -114,9 +114,9 @@ class Placement:
         model.logps = partial(batch_logps, model)
         register_fsdp_forward_method(model, "logps")
 
-    def logps(self, model: Any, micro: Batch, tile: int) -> Tensor:
+    def logps(self, model: Any, micro: Batch, *how: Any) -> Tensor:
         """`head.batch_logps`; of a shared model as one forward pass, so that all it reads is at hand."""
-        found: Tensor = model.logps(micro, tile) if self.in_step else batch_logps(model, micro, tile)
+        found: Tensor = model.logps(micro, *how) if self.in_step else batch_logps(model, micro, *how)
         return found
 
     def put(self, micro: Batch) -> Batch:

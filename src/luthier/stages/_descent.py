@@ -183,7 +183,8 @@ def _look(work: Work, progress: Progress) -> bool:
     if not work.held_out or not due or progress.looked >= step:
         return True
     try:
-        total, count = loop.mean_loss(work.model, work.held_out, work.objective, place=work.place)
+        how = work.settings.formulas, work.place
+        total, count = loop.mean_loss(work.model, work.held_out, work.objective, *how)
     except loop.Asked:
         return False
     loss = total / count

@@ -22,7 +22,7 @@ import torch
 
 from luthier import artifacts, template
 from luthier.engine import base as bases
-from luthier.engine import batch, fused, head, host, kernels, memory
+from luthier.engine import batch, fused, head, host, memory, native
 from luthier.errors import DataError, PlanError
 from luthier.objectives import Batch
 from luthier.rows import Chat, chat
@@ -31,7 +31,6 @@ from luthier.template import Encoded
 
 MICRO_TOKENS = 2048  # more does not train faster on a CPU: its matrix units are busy long before
 FREE_SHARE = 0.85  # of free memory, when the recipe sets no budget
-COMPILE_ABOVE = 1e13  # parameters x tokens: from some minutes of training on, compiling's half minute pays
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     torch.set_num_threads(threads)
     inputs.tell(Event("plan", "timing a few real micro-batches"))
     tokens = sum(len(row.ids) for step in _steps(work) for row in step)
-    compiled = work.shape.parameters * tokens >= COMPILE_ABOVE and kernels.can_compile()
+    compiled = native.can_compile()
     pace, gap = _pace(phase, inputs, work, (dtype, compiled))
     memory.release()
     computed = sum(sum(batch.sizes(step, micro_tokens)) for step in _steps(work))
@@ -209,16 +208,20 @@ def _pace(
 ) -> tuple[tuple[float, float], float]:
     """(tokens/s of training, tokens/s of validation) on the real model, and how far packing is from plain."""
     dtype, compiled = numerics
+    formulas = native.kernels(compiled)
+    memory.hold()
     model = bases.load(inputs.artefacts["model"] / "base", dtype)
     first = _steps(replace(work, steps=1))[0]
     gap = bases.prove(model, sorted(first, key=lambda row: len(row.ids))[:: max(1, len(first) - 1)][:2])
     model = phase.method.module.attach(model, phase.method.params, inputs.seed)
-    fused.fuse(model, kernels.kernels(compiled))
+    fused.fuse(model, formulas)
     micros = work.loader(1)
     params = phase.objective.params
 
     def descend(micro: Batch) -> None:
-        loss = phase.objective.module.loss(head.batch_logps(model, micro), None, micro, params)
+        loss = phase.objective.module.loss(
+            head.batch_logps(model, micro, head.TILE, formulas), None, micro, params
+        )
         loss.total.backward()
 
     model.train()
@@ -226,7 +229,7 @@ def _pace(
     train = _rate(micros[:2], descend)
     model.eval()
     with torch.no_grad():
-        validate = _rate(micros[:1], lambda micro: head.batch_logps(model, micro))
+        validate = _rate(micros[:1], lambda micro: head.batch_logps(model, micro, head.TILE, formulas))
     return (train, validate), gap
 
 

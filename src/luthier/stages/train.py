@@ -22,7 +22,7 @@ from torch import Tensor
 
 from luthier import artifacts, template
 from luthier.engine import base as bases
-from luthier.engine import batch, fused, kernels, launch, loop, memory, placement
+from luthier.engine import batch, fused, launch, loop, memory, native, placement
 from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
@@ -55,6 +55,7 @@ def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict
     plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
     torch.set_num_threads(plan["threads"])
     memory.release()
+    memory.hold()
     memory.forget_peak()
     work = _prepare(section[0], plan, inputs, place)
     progress = resume(work)
@@ -84,13 +85,15 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
     if place.any(inputs.stopping()):
         raise Interrupted("training stopped before it began", hint="run the same command again")
     model = method.module.attach(bases.load(base, plan["dtype"]), method.params, inputs.seed)
-    if not place.in_step and place.device == placement.CPU:  # fused layers hold on to whole weights
-        fused.fuse(model, kernels.kernels(plan["compiled"]))
+    here = place.device == placement.CPU
+    formulas = native.kernels(plan["compiled"] and here)
+    if here and not place.in_step:  # fused layers hold on to whole weights
+        fused.fuse(model, formulas)
     place.settle(model)
     settings = loop.Settings(
         steps=plan["steps"], lr=phase.lr, seed=inputs.seed, warmup=phase.warmup, schedule=phase.schedule,
         weight_decay=phase.weight_decay, clip=phase.clip, on_sick=phase.on_sick, spike=phase.spike,
-        place=place,
+        formulas=formulas, place=place,
     )  # fmt: skip
     micro_tokens = plan["micro_tokens"]
 
