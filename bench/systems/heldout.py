@@ -32,7 +32,7 @@ def main() -> None:
     found = []
     for adapter in adapters:
         set_peft_model_state_dict(model, load_file(Path(adapter) / "adapter_model.safetensors"))
-        *_, (total, count) = loop.mean_loss(
+        total, count = loop.mean_loss(
             model, micros, lambda policy, reference, micro: sft.loss(policy, reference, micro, sft.Params())
         )
         found.append(total / count)

@@ -66,7 +66,17 @@ class Plan(Section):
     max_length: int = Field(default=1024, ge=8, le=131072, description="tokens; a longer row stops the run")
     memory_gb: float | None = Field(default=None, gt=0, description="budget; default: 85 % of what is free")
     minutes: float | None = Field(default=None, gt=0, description="refuse a run predicted to train longer")
-    threads: int | None = Field(default=None, ge=1, description="default: all cores")
+    threads: int | None = Field(default=None, ge=1, description="of all processes; default: all cores")
+    processes: int = Field(default=1, ge=1, le=1024, description="that train together, one for each card")
+    placement: Literal["auto", "one", "ddp", "fsdp"] = Field(
+        default="auto", description="whether each process has a copy of the model (ddp) or a share (fsdp)"
+    )
+
+    @model_validator(mode="after")
+    def _placed(self) -> Plan:
+        if self.placement != "auto" and (self.placement == "one") != (self.processes == 1):
+            raise ValueError(f"`placement: {self.placement}` does not go with `processes: {self.processes}`")
+        return self
 
 
 class Validation(Section):

@@ -127,9 +127,7 @@ def test_a_label_behind_the_mask_does_not_move_the_loss(tiny_base: Path) -> None
     unlearnt = Encoded(row.ids, (*row.mask[:last], False), row.id)
     changed = Encoded((*row.ids[:last], 7), unlearnt.mask, row.id)
     model = model_of(tiny_base)
-    totals = [
-        list(loop.mean_loss(model, [batch.collate([some])], OBJECTIVE))[-1] for some in (unlearnt, changed)
-    ]
+    totals = [loop.mean_loss(model, [batch.collate([some])], OBJECTIVE) for some in (unlearnt, changed)]
     assert totals[0] == totals[1]
 
 

@@ -2,8 +2,9 @@
 
 `batch` lays rows end to end, `trie` finds what they share, `attention` keeps documents apart, `head` turns
 hidden states into log-probabilities, `base` loads a model and proves all this on it, `kernels` are a layer's
-formulas and `fused` the layers made of them, `loop` descends, `checkpoint` survives and `saver` writes it
-aside, `memory` and `host` say what fits, `generate` answers and `score` judges. Read them in that order.
+formulas and `fused` the layers made of them, `placement` says who computes what, `loop` descends, `launch`
+starts several processes, `checkpoint` survives and `saver` writes it aside, `memory` and `host` say what
+fits, `generate` answers and `score` judges. Read them in that order.
 """
 
 import warnings

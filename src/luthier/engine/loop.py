@@ -9,9 +9,11 @@ spike: above `spike` times the median of the last `WINDOW` losses learnt from (j
 and only while that median is above 0). It is never learnt from: it stops the training, or is skipped.
 
 What step k does depends on the weights, the optimiser's moments, k and, if spikes are judged, those losses:
-the rows come from `batches(k)`, dropout noise from a seed of (seed, k). An objective that raises leaves
-weights and moments as the step before left them. It does not know files, validation or time limits.
-Bits may differ between thread counts, between splits into micro-batches, and between kinds of CPU.
+the rows come from `batches(k)`, dropout noise from a seed of (seed, k, micro-batch), on whatever rank and
+device that is computed. An objective that raises leaves weights and moments as the step before left them.
+
+It does not know files, validation, time limits, or who computes what (`placement`). Bits may differ between
+thread counts, splits into micro-batches, numbers of ranks, and kinds of CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
@@ -28,8 +30,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from luthier.engine.head import TILE, batch_logps
+from luthier.engine.head import TILE
 from luthier.engine.kernels import PLAIN, Kernels
+from luthier.engine.placement import ONE, Placement, part, whole
 from luthier.errors import TrainError
 from luthier.objectives import Batch, Loss
 
@@ -42,6 +45,10 @@ FIRST = 8
 
 class Sick(TrainError):
     """A step that must not be learnt from."""
+
+
+class Asked(Exception):
+    """Raised by an objective when someone asked to stop: all ranks drop the step, or the look."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Settings:
     spike: float | None = None
     tile: int = TILE
     formulas: Kernels = PLAIN
+    place: Placement = ONE
 
 
 @dataclass(frozen=True)
@@ -155,34 +163,59 @@ def _gradients(
 ) -> tuple[float, float]:
     """Accumulate the clipped gradient of the step's mean loss; return that loss and the norm before."""
     step, rows, losses = at
-    units = sum(len(micro.targets_N) for micro in micros)
-    if units == 0:
+    taught = [micro for micro in micros if len(micro.targets_N)]
+    if not taught:
         raise _sick(f"no token of step {step} has a loss, so there is nothing to learn", rows)
     for weight in model.parameters():
         weight.grad = None
     model.train()
-    total, count = 0.0, 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(noise_seed(settings.seed, step))
-        for micro in micros:
-            if not len(micro.targets_N):
-                continue
-            loss = objective(batch_logps(model, micro, settings.tile, settings.formulas), None, micro)
-            if not math.isfinite(value := loss.total.item()):
-                raise _sick(f"the loss of step {step} is {value}", micro.rows)
-            loss.total.backward()  # type: ignore[no-untyped-call]
-            total, count = total + value, count + loss.count
+    place = settings.place
+    with torch.random.fork_rng(devices=[place.device] if place.device.type == "cuda" else []):
+        how = (place, settings.tile, settings.formulas)
+        found = _sums(model, taught, objective, how, (settings.seed, step))
+    for (value, _), micro in zip(found, taught, strict=True):
+        if not math.isfinite(value):
+            raise _sick(f"the loss of step {step} is {value}", micro.rows)
+    total, count = sum(value for value, _ in found), sum(count for _, count in found)
     usual = median(losses) if settings.spike and len(losses) >= FIRST else 0.0
     if settings.spike and usual > 0 and total / count > settings.spike * usual:
         raise _sick(f"the loss of step {step} is {total / count:.4g}, of those before it {usual:.4g}", rows)
     weights = list(trained(model).values())
+    place.add_up(weights)
     for weight in weights:
         if weight.grad is not None:
             weight.grad.div_(count)
-    norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.clip))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, settings.clip)))
     if not math.isfinite(norm):
         raise _sick(f"the gradient of step {step} is {norm}", rows)
     return total / count, norm
+
+
+def _sums(
+    model: Any,
+    micros: Sequence[Batch],
+    objective: Objective,
+    how: tuple[Placement, int, Kernels],
+    noise: tuple[int, int] | None = None,
+) -> list[tuple[float, int]]:
+    """(loss sum, count) of each micro-batch, whichever rank computes it; gradients too, if there is noise."""
+    place, *rest = how
+    table = torch.zeros(len(micros) + 1, 2, dtype=torch.float64)  # the last line: whether to stop
+    try:
+        for number, weight in place.share([len(micro.ids_T) for micro in micros]):
+            micro = place.put(micros[number])
+            if noise is not None:
+                torch.manual_seed(noise_seed(*noise, number))
+            loss = objective(place.logps(model, micro, *rest), None, micro)
+            table[number] += weight * torch.tensor((loss.total.item(), loss.count), dtype=torch.float64)
+            if noise is not None:
+                (weight * loss.total).backward()  # type: ignore[no-untyped-call]
+    except Asked:
+        table[-1] = 1.0
+    *lines, asked = place.total(table).tolist()
+    if any(asked):
+        raise Asked
+    return [(value, int(count)) for value, count in lines]
 
 
 def _sick(what: str, rows: Sequence[str]) -> Sick:
@@ -194,28 +227,29 @@ def _sick(what: str, rows: Sequence[str]) -> Sick:
     )
 
 
-def noise_seed(seed: int, step: int) -> int:
-    """The seed of one step's dropout noise: the same after a resume as without one."""
-    return int.from_bytes(hashlib.sha256(f"noise:{seed}:{step}".encode()).digest()[:8], "big") >> 1
+def noise_seed(seed: int, step: int, micro: int) -> int:
+    """The seed of one micro-batch's dropout noise: the same after a resume and on whatever rank."""
+    return int.from_bytes(hashlib.sha256(f"noise:{seed}:{step}:{micro}".encode()).digest()[:8], "big") >> 1
 
 
 @torch.no_grad()
 def mean_loss(
-    model: Any, micros: Iterable[Batch], objective: Objective, formulas: Kernels = PLAIN
-) -> Iterator[tuple[float, int]]:
-    """Running (loss sum, count) after each micro-batch, without dropout or gradients."""
-    total, count = 0.0, 0
-    for micro in micros:
-        model.eval()
-        loss = objective(batch_logps(model, micro, TILE, formulas), None, micro)
-        total, count = total + loss.total.item(), count + loss.count
-        yield total, count
+    model: Any,
+    micros: Sequence[Batch],
+    objective: Objective,
+    formulas: Kernels = PLAIN,
+    place: Placement = ONE,
+) -> tuple[float, int]:
+    """(loss sum, count) of these micro-batches, without dropout or gradients."""
+    model.eval()
+    found = _sums(model, micros, objective, (place, TILE, formulas))
+    return sum(value for value, _ in found), sum(count for _, count in found)
 
 
 def moving(model: torch.nn.Module, adam: torch.optim.AdamW) -> dict[str, Tensor]:
     """All that the next step depends on, except its number: weights that move, moments, and their count.
 
-    These are the tensors themselves: the next step changes them.
+    These are the tensors themselves, or this rank's part of them: the next step changes them.
     """
     tensors: dict[str, Tensor] = {}
     for name, weight in trained(model).items():
@@ -238,14 +272,14 @@ def restore(model: torch.nn.Module, adam: torch.optim.AdamW, tensors: Mapping[st
     put_weights(model, tensors)
     for name, weight in trained(model).items():
         adam.state[weight] = {
-            "step": tensors[f"moves:{name}"].clone(),
-            "exp_avg": tensors[f"exp_avg:{name}"].clone(),
-            "exp_avg_sq": tensors[f"exp_avg_sq:{name}"].clone(),
+            "step": tensors[f"moves:{name}"].to(weight.device, copy=True),
+            "exp_avg": part(tensors[f"exp_avg:{name}"], weight),
+            "exp_avg_sq": part(tensors[f"exp_avg_sq:{name}"], weight),
         }
 
 
 def put_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set what moves to the `weight:` tensors; names and shapes must agree exactly."""
+    """Set what moves to the whole `weight:` tensors; names and shapes must agree exactly."""
     weights = trained(model)
     given = {
         key.removeprefix("weight:"): tensor for key, tensor in tensors.items() if key.startswith("weight:")
@@ -254,4 +288,4 @@ def put_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise TrainError("the checkpoint is of other weights than the ones that train here")
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(given[name])
+            weight.copy_(part(given[name], weight))

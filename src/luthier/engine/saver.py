@@ -61,7 +61,7 @@ class Saver:
         for name, tensor in live.items():
             kept = self._copy.get(name)
             if kept is None:
-                self._copy[name] = tensor.detach().clone()
+                self._copy[name] = tensor.detach().to("cpu", copy=True)
             else:
                 kept.copy_(tensor.detach())
         whole = replace(made, tensors={**made.tensors, **self._copy})

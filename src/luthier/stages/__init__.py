@@ -41,7 +41,7 @@ STAGES = {
     "data": Declared(version=1, external=True),
     "model": Declared(version=1, needs=("data",), external=True),
     "plan": Declared(version=2, needs=("data", "model")),
-    "train": Declared(version=2, needs=("data", "model", "plan"), saves_on_stop=True),
+    "train": Declared(version=3, needs=("data", "model", "plan"), saves_on_stop=True),
     "evaluate": Declared(version=1, needs=("data", "model", "plan", "train")),
     "release": Declared(
         version=1, needs=("data", "model", "plan", "train", "evaluate"), named=True, wants_champion=True
@@ -90,3 +90,10 @@ class Inputs:
     seed: int
     tell: Callable[[Event], None] = _silent
     stopping: Callable[[], bool] = lambda: False
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the two callables, as JSON values: what a process of one's own is handed."""
+        places = {name: str(path) for name, path in self.artefacts.items()}
+        paths = {name: str(getattr(self, name)) for name in ("root", "cache", "scratch")}
+        plain = {"name": self.name, "digests": dict(self.digests), "seed": self.seed}
+        return {**plain, "artefacts": places, **paths}

@@ -1,7 +1,8 @@
 """Stage 3, plan: know what training takes before it takes it, and refuse what cannot fit.
 
-Decisions (threads, number type, tokens in a micro-batch) go to `plan.json`; they follow from the recipe,
-the rows, the base and the kind of machine, so they are the same each time and may key the training.
+Decisions (processes, threads of each, number type, tokens in a micro-batch) go to `plan.json`; they follow
+from the recipe, the rows, the base and the kind of machine, so they are the same each time and may key the
+training.
 Predictions (peak memory, minutes) come from closed forms (`engine.memory`) and from a few real micro-batches
 on the real model; with all that was measured they go to `observed/`.
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,10 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     allowed = (
         round(1e9 * budget.memory_gb) if budget.memory_gb else round(FREE_SHARE * machine.memory_free_bytes)
     )
-    micro_tokens, largest, forecast = _fit(work, allowed)
+    processes, kind = budget.processes, _placement(budget, work, allowed)
+    micro_tokens, largest, forecast = _fit(work, allowed, (kind, processes))
     work = replace(work, loader=replace(work.loader, micro_tokens=micro_tokens))
-    threads = min(budget.threads or machine.cores, machine.cores)
+    threads = max(1, min(budget.threads or machine.cores, machine.cores) // processes)
     torch.set_num_threads(threads)
     inputs.tell(Event("plan", "timing a few real micro-batches"))
     tokens = sum(len(row.ids) for step in _steps(work) for row in step)
@@ -62,7 +64,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     pace, gap = _pace(phase, inputs, work, (dtype, compiled))
     memory.release()
     computed = sum(sum(batch.sizes(step, micro_tokens)) for step in _steps(work))
-    minutes = _minutes(phase, work, computed, pace)
+    minutes = _minutes(phase, work, computed, pace) / processes  # as if none were in another's way
     if budget.minutes is not None and minutes > budget.minutes:
         raise PlanError(
             f"training would take about {minutes:.1f} minutes; the budget is {budget.minutes:g}",
@@ -72,6 +74,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         )
     decisions = _decisions(phase, work, tokens) | {
         "computed_tokens": computed,
+        "processes": processes, "placement": kind,
         "threads": threads, "dtype": dtype, "compiled": compiled,
         "micro_tokens": micro_tokens, "largest_micro_batch": largest,
     }  # fmt: skip
@@ -140,8 +143,30 @@ def _steps(work: Work) -> list[list[Encoded]]:
     ]
 
 
-def _fit(work: Work, allowed: int) -> tuple[int, int, memory.Forecast]:
-    """The token budget of a micro-batch within the memory allowed, the largest that comes, its forecast."""
+def _even(work: Work, processes: int) -> int:
+    """Micro-batches small enough that every process has one in a usual step."""
+    steps = _steps(work)
+    usual = math.ceil(sum(sum(batch.sizes(step, MICRO_TOKENS)) for step in steps) / len(steps) / processes)
+    return min(MICRO_TOKENS, usual)
+
+
+def _placement(budget: Any, work: Work, allowed: int) -> str:
+    """A copy of the model in each process, unless that takes more than half of what each may use."""
+    if budget.placement != "auto" or budget.processes == 1:
+        return "one" if budget.processes == 1 else str(budget.placement)
+    weights = work.shape.parameters * work.shape.weight_bytes
+    return "ddp" if 2 * weights * budget.processes <= allowed else "fsdp"
+
+
+def _fit(work: Work, allowed: int, among: tuple[str, int]) -> tuple[int, int, memory.Forecast]:
+    """The token budget of a micro-batch within the memory allowed, the largest that comes, its forecast.
+
+    `among`: the placement and its processes. What is shared among them is forecast as a share of the weights,
+    though a layer is whole for a moment and layers are not fused.
+    """
+    kind, processes = among
+    held = math.ceil(work.shape.parameters / (processes if kind == "fsdp" else 1))
+    shape = replace(work.shape, parameters=held)
     steps = _steps(work)
     longest = max(len(row.ids) for step in steps for row in step)
 
@@ -150,9 +175,10 @@ def _fit(work: Work, allowed: int) -> tuple[int, int, memory.Forecast]:
 
     def forecast(tokens: int) -> memory.Forecast:
         sizes = (tokens, min(longest, tokens))
-        return memory.forecast(work.shape, work.trainable, sizes, min(head.TILE, tokens))
+        each = memory.forecast(shape, work.trainable, sizes, min(head.TILE, tokens))
+        return memory.Forecast(**{name: processes * size for name, size in asdict(each).items()})
 
-    budget = MICRO_TOKENS
+    budget = MICRO_TOKENS if processes == 1 else max(longest, _even(work, processes))
     while True:
         tokens = largest(budget)
         predicted = forecast(tokens)

@@ -1,13 +1,10 @@
 """Stage 4, train: the plan is carried out, and a crash at any moment costs minutes, never the result.
 
-The `for` below is all there is around `engine.loop`: it keeps the curve and the ledger of rows, looks at
-held-out loss (at step 0, every few steps and at the end), keeps the best adapter, saves checkpoints in
-`scratch` while training goes on, stops early or when asked: between two micro-batches, dropping the step that
-is not finished. Killed and started again, it leaves the bytes that an uninterrupted run leaves: what follows
-a checkpoint depends on the checkpoint alone.
+Killed and started again, it leaves the bytes that an uninterrupted run leaves: `stages._descent` is all that
+happens between two steps, and goes on from its last checkpoint in `scratch`.
 
-A sick step stops the training or, by the recipe's `on_sick`, is skipped and stands in the ledger with its
-reason. So many in a row are not the rows' fault and stop it all the same.
+Where the plan says so, several processes train together (`engine.placement`): each runs `carry_out`, the
+first of them saves, speaks and leaves the artefact. A checkpoint does not tell how many there were.
 
 The adapter it leaves is the one with the best held-out loss (the last one where there are no validation
 rows). It does not know what the loss is, which weights move, or how good the answers are.
@@ -15,12 +12,8 @@ rows). It does not know what the loss is, which weights move, or how good the an
 
 from __future__ import annotations
 
-import json
-import math
 import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,121 +22,54 @@ from torch import Tensor
 
 from luthier import artifacts, template
 from luthier.engine import base as bases
-from luthier.engine import batch, checkpoint, fused, loop, memory, native
+from luthier.engine import batch, fused, launch, loop, memory, native, placement
+from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
 from luthier.objectives import Batch
 from luthier.rows import chat
 from luthier.stages import Event, Inputs
+from luthier.stages._descent import CURVE, JOURNALS, SAVES, TIMINGS, Progress, Work, descend, resume
 from luthier.template import Encoded
 
-CURVE, VALIDATION, LEDGER = "curve.jsonl", "validation.jsonl", "ledger.jsonl"
-TIMINGS, SAVES = "timings.jsonl", "saves.jsonl"  # what the clock says: they go to `observed/`
-JOURNALS = (CURVE, VALIDATION, LEDGER, TIMINGS, SAVES)
-BEST = "best:"  # a checkpoint's tensors of this prefix are the best weights so far
 EDGE = 5  # `loss_first` and `loss_last` are means over this many steps
-IN_A_ROW = 8  # so many sick steps, one after the other, and it is not the rows
-
-
-class _Asked(Exception):
-    """Someone asked to stop while a micro-batch was at work."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """All that stays the same while training."""
-
-    model: Any
-    adam: torch.optim.AdamW
-    loader: batch.Loader
-    held_out: tuple[Batch, ...]
-    objective: loop.Objective
-    settings: loop.Settings
-    phase: Any
-    folder: Path
-    identity: str
-    stopping: Callable[[], bool]
-    tell: Callable[[Event], None]
-
-
-@dataclass
-class Progress:
-    """All that changes, beside weights and moments. A checkpoint holds exactly this."""
-
-    step: int = 0
-    looked: int = -1
-    best: int | None = None
-    best_loss: float | None = None
-    misses: int = 0
-    skipped: int = 0
-    in_a_row: int = 0
-    seconds: float = 0.0
-    peak_rss_bytes: int = 0
-    saved: int = -1
-    late: bool = False
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    journals: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in JOURNALS})
-
-    def state(self) -> dict[str, Any]:
-        names = ("looked", "best", "best_loss", "misses", "skipped", "in_a_row", "seconds", "peak_rss_bytes")
-        return {name: getattr(self, name) for name in names}
-
-    def note(self, journal: str, record: Mapping[str, Any]) -> None:
-        self.journals[journal] += artifacts.canonical(record) + b"\n"
-
-    def noted(self, journal: str) -> list[Any]:
-        return [json.loads(line) for line in self.journals[journal].splitlines()]
+RANK = "luthier.stages._rank"  # what each of several processes runs
 
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
+    plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
+    if plan["processes"] == 1:
+        return carry_out(section, inputs, out, placement.alone())
+    phase = section[0].model_dump(mode="json", by_alias=True)
+    job = {"phase": phase, "placement": plan["placement"], "out": str(out), "inputs": inputs.as_dict()}
+    job["timeout_s"] = placement.LONGEST_S
+    crew = launch.Crew(plan["processes"], plan["threads"], inputs.scratch)
+    facts: dict[str, Any] = launch.launch(
+        RANK, job, crew, lambda said: inputs.tell(Event(**said)), inputs.stopping
+    )
+    return facts
+
+
+def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict[str, Any]:
+    """The plan in this process: all of the training, or one rank's part. The first rank has the facts."""
     plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
     torch.set_num_threads(plan["threads"])
     memory.release()
     memory.hold()
     memory.forget_peak()
-    work = _prepare(section[0], plan, inputs)
-    progress = _resume(work)
+    work = _prepare(section[0], plan, inputs, place)
+    progress = resume(work)
     with Saver(work.folder) as saver:
-        _descend(work, progress, saver)
+        descend(work, progress, saver)
     if progress.best_weights:
-        loop.put_weights(work.model, progress.best_weights)
-    return _leave(work, progress, plan, inputs, out)
+        whole = {name: placement.whole(weight) for name, weight in progress.best_weights.items()}
+        loop.put_weights(work.model, whole)
+    placement.unshard(work.model)
+    progress.peak_rss_bytes = int(sum(place.each(progress.peak_rss_bytes)))
+    return _leave(work, progress, plan, inputs, out) if place.leads else {}
 
 
-def _descend(work: Work, progress: Progress, saver: Saver) -> None:
-    """Every step that is left, and between two of them: look at held-out loss, save, leave if asked to."""
-    began = time.monotonic() - progress.seconds
-
-    def pause() -> None:
-        progress.seconds = time.monotonic() - began
-        progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory.peak_rss_bytes())
-        _note_save(progress, saver, wait=False)
-        looked = _look(work, progress)
-        ended = looked and (progress.step == work.settings.steps or _given_up(work, progress))
-        asked = not ended and work.stopping()
-        if asked or ended or progress.late or progress.step % work.phase.checkpoint_every == 0:
-            _save(work, progress, saver, wait=asked or ended)
-        if asked:
-            raise Interrupted(
-                f"training stopped at step {progress.step} of {work.settings.steps}; everything is saved",
-                hint="run the same command again: it goes on from here",
-            )
-
-    try:
-        pause()
-        if not _given_up(work, progress):
-            past = loop.Past(progress.step, tuple(row["loss"] for row in progress.noted(CURVE)))
-            for step in loop.train(work.model, work.loader, work.objective, work.adam, work.settings, past):
-                _record(work, progress, step, time.monotonic() - began)
-                pause()
-                if _given_up(work, progress):
-                    break
-    except _Asked:
-        pause()
-    progress.seconds = time.monotonic() - began
-
-
-def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
+def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
     objective, method = phase.objective, phase.method
     if objective.module.NEEDS:
         raise TrainError(f"{objective.name} needs {', '.join(sorted(objective.module.NEEDS))}", where="train")
@@ -156,17 +82,25 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
     looked = batch.order(tuple(record["id"] for record in held_out), inputs.seed, "validation")
     looked = looked[: phase.validation.rows]
     encoded = _encode(tokenizer, [rows[row] for row in needed])
-    if inputs.stopping():
+    if place.any(inputs.stopping()):
         raise Interrupted("training stopped before it began", hint="run the same command again")
     model = method.module.attach(bases.load(base, plan["dtype"]), method.params, inputs.seed)
-    formulas = native.kernels(plan["compiled"])
-    fused.fuse(model, formulas)
+    here = place.device == placement.CPU
+    formulas = native.kernels(plan["compiled"] and here)
+    if here and not place.in_step:  # fused layers hold on to whole weights
+        fused.fuse(model, formulas)
+    place.settle(model)
     settings = loop.Settings(
         steps=plan["steps"], lr=phase.lr, seed=inputs.seed, warmup=phase.warmup, schedule=phase.schedule,
         weight_decay=phase.weight_decay, clip=phase.clip, on_sick=phase.on_sick, spike=phase.spike,
-        formulas=formulas,
+        formulas=formulas, place=place,
     )  # fmt: skip
     micro_tokens = plan["micro_tokens"]
+
+    def stopping() -> bool:
+        """What all ranks agree on; so all must ask at the same time."""
+        return place.any(inputs.stopping())
+
     return Work(
         model=model,
         adam=loop.optimiser(model, settings),
@@ -174,14 +108,20 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs) -> Work:
             ids, dict(zip(needed, encoded, strict=True)), phase.batch, micro_tokens, inputs.seed
         ),
         held_out=batch.micro_batches(_encode(tokenizer, [held_out[row] for row in looked]), micro_tokens),
-        objective=_interruptible(objective, inputs.stopping),
+        objective=_interruptible(objective, stopping if place.in_step else inputs.stopping),
         settings=settings,
         phase=phase,
+        place=place,
         folder=inputs.scratch / "checkpoints",
         identity=artifacts.digest_of(
-            {"inputs": dict(inputs.digests), "seed": inputs.seed, "phase": phase.model_dump(mode="json")}
+            {
+                "inputs": {name: inputs.digests[name] for name in ("data", "model")},
+                "seed": inputs.seed,
+                "phase": phase.model_dump(mode="json"),
+                "plan": {name: plan[name] for name in ("steps", "dtype")},
+            }
         ),
-        stopping=inputs.stopping,
+        stopping=stopping,
         tell=inputs.tell,
     )
 
@@ -191,7 +131,7 @@ def _interruptible(objective: Any, stopping: Callable[[], bool]) -> loop.Objecti
 
     def loss(policy: Tensor, reference: Tensor | None, micro: Batch) -> Any:
         if stopping():
-            raise _Asked
+            raise loop.Asked
         return objective.module.loss(policy, reference, micro, objective.params)
 
     return loss
@@ -203,122 +143,6 @@ def _rows(inputs: Inputs, split: str) -> Path:
 
 def _encode(tokenizer: Any, records: Sequence[Any]) -> list[Encoded]:
     return template.encode_all(tokenizer, [chat(record["messages"], record["where"]) for record in records])
-
-
-def _resume(work: Work) -> Progress:
-    """Go on from the newest checkpoint that is whole; say which were not. Without one, begin afresh."""
-    work.folder.mkdir(parents=True, exist_ok=True)
-    found, skipped = checkpoint.newest(work.folder, work.identity)
-    for line in skipped:
-        work.tell(Event("train", line, 0, work.settings.steps))
-    if found is None:
-        return Progress()
-    loop.restore(work.model, work.adam, found.tensors)
-    work.tell(Event("train", f"going on after step {found.step}", found.step, work.settings.steps))
-    return Progress(
-        **{name: found.state[name] for name in Progress().state()},
-        step=found.step,
-        saved=found.step,
-        best_weights={
-            name.removeprefix(BEST): tensor for name, tensor in found.tensors.items() if name.startswith(BEST)
-        },
-        journals={name: bytearray(found.journals[name]) for name in JOURNALS},
-    )
-
-
-def _save(work: Work, progress: Progress, saver: Saver, wait: bool) -> None:
-    """Start a save of this step; with `wait`, return when it is on disk. One due too soon comes late."""
-    progress.late = saver.busy() and not wait
-    if progress.late:
-        return
-    _note_save(progress, saver, wait=True)
-    if progress.saved != progress.step:
-        made = checkpoint.Checkpoint(
-            step=progress.step,
-            tensors={f"{BEST}{name}": tensor for name, tensor in progress.best_weights.items()},
-            state={**progress.state(), "identity": work.identity},
-            journals={name: bytes(lines) for name, lines in progress.journals.items()},
-        )
-        saver.begin(made, loop.moving(work.model, work.adam))
-        progress.saved = progress.step
-    if wait:
-        _note_save(progress, saver, wait=True)
-
-
-def _note_save(progress: Progress, saver: Saver, wait: bool) -> None:
-    """Take note of a save that has ended; if it failed, this is where its error comes up."""
-    if saved := saver.ended(wait):
-        times = {"stall_s": round(saved.stall_s, 5), "seconds": round(saved.seconds, 4)}
-        progress.note(SAVES, {"step": saved.step, **times})
-
-
-def _look(work: Work, progress: Progress) -> bool:
-    """Held-out loss, where it is due and not yet known; false if someone asked to stop meanwhile."""
-    step = progress.step
-    due = step % work.phase.validation.every == 0 or step == work.settings.steps
-    if not work.held_out or not due or progress.looked >= step:
-        return True
-    total, count = 0.0, 0
-    try:
-        for total, count in _losses(work):  # noqa: B007
-            pass
-    except _Asked:
-        return False
-    loss = total / count
-    if not math.isfinite(loss):
-        raise TrainError(f"the held-out loss after step {step} is {loss}", hint="lower `lr`, raise `warmup`")
-    progress.note(VALIDATION, {"step": step, "loss": loss})
-    progress.looked = step
-    if progress.best_loss is None or loss < progress.best_loss:
-        moving = loop.trained(work.model).items()
-        weights = {f"weight:{name}": weight.detach().clone() for name, weight in moving}
-        progress.best, progress.best_loss, progress.misses, progress.best_weights = step, loss, 0, weights
-    else:
-        progress.misses += 1
-    work.tell(
-        Event("train", f"held-out loss {loss:.4f}", step, work.settings.steps, {"validation_loss": loss})
-    )
-    return True
-
-
-def _losses(work: Work) -> Any:
-    return loop.mean_loss(work.model, work.held_out, work.objective, work.settings.formulas)
-
-
-def _given_up(work: Work, progress: Progress) -> bool:
-    return progress.misses >= int(work.phase.validation.patience)
-
-
-def _record(work: Work, progress: Progress, step: loop.Step, seconds: float) -> None:
-    names = ("step", "loss", "lr", "grad_norm", "tokens", "computed_tokens", "loss_tokens")
-    rss = memory.rss_bytes()
-    progress.step = step.step
-    progress.note(TIMINGS, {"step": step.step, "seconds": round(step.seconds, 4), "rss_bytes": rss})
-    if step.sick is not None:
-        _record_sick(work, progress, step, step.sick)
-        return
-    progress.in_a_row = 0
-    progress.note(CURVE, {name: getattr(step, name) for name in names})
-    progress.note(LEDGER, {"step": step.step, "rows": list(step.rows)})
-    facts = {
-        "loss": step.loss, "lr": step.lr, "tokens_per_s": step.tokens / step.seconds, "rss_gb": rss / 1e9,
-        "eta_s": seconds / step.step * (work.settings.steps - step.step),
-    }  # fmt: skip
-    work.tell(Event("train", "training", step.step, work.settings.steps, facts))
-
-
-def _record_sick(work: Work, progress: Progress, step: loop.Step, sick: str) -> None:
-    """A step that was skipped: its rows and the reason are kept, and too many in a row end the training."""
-    progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
-    progress.note(LEDGER, {"step": step.step, "rows": list(step.rows), "skipped": sick})
-    said = f"skipped: {sick}; rows {', '.join(step.rows)}"
-    work.tell(Event("train", said, step.step, work.settings.steps, {"skipped": progress.skipped}))
-    if progress.in_a_row == IN_A_ROW or progress.skipped == work.settings.steps:
-        raise loop.Sick(
-            f"{progress.in_a_row} steps in a row were skipped; the last: {sick}",
-            where=f"rows {', '.join(step.rows)}",
-            hint="so many are not the rows' fault: lower `lr`, raise `warmup`, or raise `spike`",
-        )
 
 
 def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
@@ -358,7 +182,8 @@ def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path)
         "minutes": round(progress.seconds / 60, 4),
         "longest_stall_s": max((row["stall_s"] for row in saves), default=0.0),
     }
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": plan["threads"]}
+    machine = {"torch": torch.__version__, "python": platform.python_version()}
+    machine |= {name: plan[name] for name in ("threads", "processes", "placement")}
     artifacts.write_json(out / "observed" / "host.json", machine | observed)
     return outcome | observed
 
