@@ -37,6 +37,7 @@ RIVALS = {
     "unsloth-best": ("unsloth", "unsloth_run.py", "best"),
     "llamafactory": ("llamafactory", "llamafactory_run.py", "defaults"),
     "llamafactory-neat": ("llamafactory", "llamafactory_run.py", "neat"),
+    "llamafactory-best": ("llamafactory", "llamafactory_run.py", "best"),
 }
 ABLATIONS = {
     "luthier": RIVALS["luthier"],
