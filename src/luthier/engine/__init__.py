@@ -1,9 +1,10 @@
 """The engine: tensors, and nothing about recipes, stores or part names.
 
-`batch` lays rows end to end, `trie` finds what they share, `attention` keeps documents apart, `head` turns
-hidden states into log-probabilities, `base` loads a model and proves all this on it, `kernels` are a layer's
-formulas and `fused` the layers made of them, `loop` descends, `checkpoint` survives and `saver` writes it
-aside, `memory` and `host` say what fits, `generate` answers and `score` judges. Read them in that order.
+`batch` lays rows end to end, `trie` finds what they share, `attention` keeps documents apart (`varlen`: on
+a GPU), `head` turns hidden states into log-probabilities, `base` loads a model and proves all this on it,
+`kernels` are a layer's formulas and `fused` the layers made of them, `loop` descends, `checkpoint` survives
+and `saver` writes it aside, `memory` and `host` say what fits, `generate` answers and `score` judges. Read
+them in that order.
 """
 
 import warnings
