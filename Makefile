@@ -59,10 +59,14 @@ PEERS := bench/peers/.venvs
 bench-peers: $(PEERS)/trl/.ready $(PEERS)/llamafactory/.ready $(PEERS)/unsloth/.ready ## the rivals' own environments
 
 # torch first and alone here too, and pinned beside every rival, so that all of them run the same one.
+# torchvision and torchaudio come built for CUDA and do not load beside a CPU torch. Text needs neither, but
+# LLaMA-Factory imports torchaudio, which does without its compiled part if that is not there.
 $(PEERS)/%/.ready: bench/peers/%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet $$(grep '^torch==' $<)
 	$(@D)/bin/pip install --quiet -r $<
+	$(@D)/bin/pip uninstall --quiet --yes torchvision
+	rm -f $(@D)/lib/python3*/site-packages/torchaudio/lib/*.so
 	touch $@
 
 clean:           ## remove what setup and tests made; the home folder stays

@@ -34,8 +34,10 @@ RIVALS = {
     "trl-best": ("trl", "trl_run.py", "best"),
     "unsloth": ("unsloth", "unsloth_run.py", "defaults"),
     "unsloth-compile": ("unsloth", "unsloth_run.py", "compile"),
+    "unsloth-best": ("unsloth", "unsloth_run.py", "best"),
     "llamafactory": ("llamafactory", "llamafactory_run.py", "defaults"),
     "llamafactory-neat": ("llamafactory", "llamafactory_run.py", "neat"),
+    "llamafactory-best": ("llamafactory", "llamafactory_run.py", "best"),
 }
 ABLATIONS = {
     "luthier": RIVALS["luthier"],

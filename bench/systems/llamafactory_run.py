@@ -2,6 +2,7 @@
 
     defaults  bf16, gradient checkpointing, padded batches
     neat      `neat_packing`: its own knapsack lays rows end to end, with a mask per row
+    best      neat packing without gradient checkpointing
 
 The rows are given as the tokenised data set that its `tokenized_path` reads. Neat packing chooses rows over
 the whole file, so a step has other rows than elsewhere, though about as many tokens: `cutoff_len` is the mean
@@ -24,6 +25,7 @@ from meter import Job, Meter
 from trainer import arguments, callback, metered
 
 IGNORED = -100
+EIGHT = 8
 Example = dict[str, list[int]]
 
 
@@ -71,12 +73,14 @@ def main() -> None:
     meter, micro = Meter.over(job, rows), []
     torch.set_num_threads(job.threads)
     settings = arguments(job)
-    if job.variant == "neat":
+    if job.variant != "defaults":
         room = max(sum(meter.tokens) // len(meter.tokens), *(len(row["input_ids"]) for row in rows))
+        room += -(room + 1) % EIGHT  # its collator would pad to that anyway
         examples = neat(rows, room, pad=0)
         meter.tokens = [sum(map(bool, pack["attention_mask"])) for pack in examples]
         settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "neat_packing": True}
-        settings |= {"packing": True, "cutoff_len": room, "max_steps": min(job.steps, len(examples))}
+        settings |= {"packing": True, "cutoff_len": room + 1, "max_steps": min(job.steps, len(examples))}
+        settings |= {"disable_gradient_checkpointing": job.variant == "best"}
     else:
         examples = plain(rows)
     data = Path(job.scratch) / "tokens"
@@ -87,7 +91,7 @@ def main() -> None:
             **settings,
             "model_name_or_path": job.base, "stage": "sft", "do_train": True, "finetuning_type": "lora",
             "lora_rank": job.rank, "lora_alpha": job.alpha, "lora_target": "all", "template": "chatml",
-            "tokenized_path": str(data), "bf16": True, "overwrite_output_dir": True,
+            "dataset": "given", "tokenized_path": str(data), "bf16": True, "overwrite_output_dir": True,
         },
         callbacks=[callback(meter, micro)],
     )  # fmt: skip

@@ -1,22 +1,25 @@
 """Unsloth's CPU backend on a benchmark job, in Unsloth's own environment.
 
-    defaults  as FastLanguageModel and SFTTrainer come: bf16 weights, Unsloth's gradient checkpointing
-    compile   with Unsloth's compilation of model and trainer switched on
+    defaults  as FastLanguageModel and SFTTrainer come: gradient checkpointing on, compilation off
+    compile   `UNSLOTH_CPU_COMPILE`, its switch for a compiled decoder layer; the rest as it comes
+    best      compiled, and without gradient checkpointing
 
-Unsloth patches transformers and TRL when imported, so it comes first. Not known: CUDA, 4 bit.
+Without a GPU Unsloth takes its CPU backend by itself (`UNSLOTH_ALLOW_CPU` is another thing: it pretends that
+there is a GPU, for tests). It patches transformers and TRL when imported, so it comes first. Packing is not
+among them: the CPU backend turns it off. Not known: CUDA, 4 bit.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from meter import Job, Meter
 
 job = Job.given()
-os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
-if job.variant == "compile":
-    os.environ["UNSLOTH_COMPILE_DISABLE"] = "0"
+os.environ.pop("UNSLOTH_ALLOW_CPU", None)
+os.environ["UNSLOTH_CPU_COMPILE"] = str(int(job.variant != "defaults"))
 
 import unsloth  # noqa: E402  # isort: skip
 import torch  # noqa: E402
@@ -33,21 +36,27 @@ def main() -> None:
     meter, micro = Meter.over(job, rows), []
     torch.set_num_threads(job.threads)
     Path(job.scratch).mkdir(parents=True, exist_ok=True)
+    again: dict[str, Any] = {"use_gradient_checkpointing": False} if job.variant == "best" else {}
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-        model_name=job.base, max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=False
+        model_name=job.base, max_seq_length=LONGEST, load_in_4bit=False, **again
     )
     model = unsloth.FastLanguageModel.get_peft_model(
-        model, r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS, random_state=job.seed
+        model, r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS, random_state=job.seed, **again
     )
+    settings = arguments(job) | ({"gradient_checkpointing": False} if again else {})
     trainer = metered(SFTTrainer, meter, micro)(
         model=model,
         processing_class=tokenizer,
-        args=SFTConfig(**arguments(job), max_length=LONGEST, completion_only_loss=True),
+        args=SFTConfig(**settings, max_length=LONGEST, completion_only_loss=True),
         train_dataset=Dataset.from_list(
             [{"input_ids": row["input_ids"], "completion_mask": row["mask"]} for row in rows]
         ),
         callbacks=[callback(meter, micro)],
     )
+    base = trainer.model.get_base_model()
+    meter.facts["weights"] = str(next(base.parameters()).dtype)
+    meter.facts["compiled"] = bool(getattr(base, "_unsloth_cpu_compiled", False))
+    meter.facts["checkpointing"] = bool(base.is_gradient_checkpointing)
     trainer.train()
     meter.answer(("unsloth", "unsloth-zoo", "trl", "torch", "transformers", "peft"))
 

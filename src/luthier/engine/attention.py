@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from luthier.engine import varlen
 from luthier.engine.documents import Documents, Group
 from luthier.engine.kernels import PLAIN, Kernels, Seen
 from luthier.engine.kernels import turn as rotated
@@ -103,6 +104,8 @@ class How:
 def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) -> Tensor:
     """Attention of each document over itself: (T, heads, width). `turn`: rotary tables, if still to do."""
     q_THE, k_TKE, v_TKE = qkv
+    if q_THE.is_cuda:
+        return _on_gpu(qkv, turn, documents, how)
     if how.dropout or max(group.reach for group in documents.groups) > LONG:
         if turn is not None:
             q_THE, k_TKE = (rotated(x, *turn) for x in (q_THE, k_TKE))
@@ -111,6 +114,16 @@ def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) 
     at = (turn, documents, how)
     out_THE: Tensor = _Attention.apply(q_THE, k_TKE, v_TKE, at)  # type: ignore[no-untyped-call]
     return out_THE
+
+
+def _on_gpu(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) -> Tensor:
+    q_THE, k_TKE, v_TKE = qkv
+    if turn is not None:
+        formulas = how.formulas.turn, how.formulas.unturn
+        q_THE, k_TKE = (varlen.turned(x, turn, formulas) for x in (q_THE, k_TKE))
+    laid = varlen.layout(documents.lengths_D, documents.parents_D, q_THE.device)
+    sight = varlen.Sight(how.window, how.scale, how.dropout)
+    return varlen.over_documents((q_THE, k_TKE, v_TKE), laid, sight)
 
 
 class _Attention(torch.autograd.Function):

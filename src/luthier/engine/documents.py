@@ -66,6 +66,8 @@ class Documents:
 
     groups: tuple[Group, ...]
     tokens: int
+    lengths_D: tuple[int, ...] = ()
+    parents_D: tuple[int, ...] = ()
 
     @staticmethod
     def of(lengths_D: Sequence[int], parents_D: Sequence[int] = ()) -> Documents:
@@ -84,7 +86,7 @@ class Documents:
         for parent, run in runs:
             groups.append(_group(start, run, through[parent] if parent >= 0 else ()))
             start += sum(run)
-        return Documents(tuple(groups), start)
+        return Documents(tuple(groups), start, tuple(lengths_D), tuple(parents_D))
 
 
 def _like(length: int, run: Sequence[int]) -> bool:

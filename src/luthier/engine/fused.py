@@ -340,15 +340,15 @@ def _fuse_attention(module: Any, formulas: Kernels, done: set[nn.Module]) -> Non
     if getattr(module, "attention_dropout", 0.0) or not hasattr(module, "head_dim"):
         return
     tokens = torch.arange(TRIAL_TOKENS)
-    dtype = module.o_proj.weight.dtype
+    weight = module.o_proj.weight
     angles_TR = tokens[:, None] * torch.linspace(0.1, 1.0, module.head_dim // 2).repeat(2)
-    turn = angles_TR.cos()[None].to(dtype), angles_TR.sin()[None].to(dtype)
+    turn = angles_TR.cos()[None].to(weight), angles_TR.sin()[None].to(weight)
     documents = Documents.of([TRIAL_TOKENS])
     inputs: dict[str, Any] = {"position_embeddings": turn, "attention_mask": None, "documents": documents}
     heard: list[How] = []
     try:
         with hearing(heard), torch.no_grad():
-            x = _trial(module.config.hidden_size, dtype)[None]
+            x = _trial(module.config.hidden_size, weight)[None]
             own = module(hidden_states=x, **inputs)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return  # it is called in some other way: its own forward stays
@@ -383,14 +383,14 @@ def _call(function: Any, settings: tuple[Any, ...], x: Tensor) -> Tensor:
     return _flat(function, x, *settings)
 
 
-def _trial(width: int, dtype: torch.dtype) -> Tensor:
-    return torch.linspace(-2.0, 2.0, TRIAL_TOKENS * width).sin().view(TRIAL_TOKENS, width).to(dtype)
+def _trial(width: int, like: Tensor) -> Tensor:
+    return torch.linspace(-2.0, 2.0, TRIAL_TOKENS * width).sin().view(TRIAL_TOKENS, width).to(like)
 
 
 @torch.no_grad()
 def _same(module: nn.Module, function: Any, settings: tuple[Any, ...], width: int) -> bool:
     """Whether the replacement gives the module's own answer on a trial."""
-    x_T_E = _trial(width, next(module.parameters()).dtype)
+    x_T_E = _trial(width, next(module.parameters()))
     return _close(_flat(function, x_T_E, *settings), module(x_T_E))
 
 

@@ -55,7 +55,7 @@ def attach(model: Any, params: Params, seed: int) -> Any:
         for name, weight in sorted(adapted.named_parameters()):
             if ".lora_A." in name:
                 bound = weight.shape[1] ** -0.5
-                weight.uniform_(-bound, bound, generator=noise)
+                weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=noise))  # any device
             elif ".lora_B." in name:
                 weight.zero_()
     return adapted
