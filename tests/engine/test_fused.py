@@ -208,3 +208,29 @@ def test_compiled_formulas_let_no_bad_number_pass_for_a_good_one(dtype: torch.dt
     assert not compiled.soften(row.clone(), Seen(1, 39), 1.0).isfinite().all()
     both = torch.cat((row, row), dim=1)
     assert not compiled.gate["silu"](both).isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_young_adapter_adds_is_not_rounded_away_in_bfloat16(bias: bool) -> None:
+    noise = torch.Generator().manual_seed(5)
+    linear = torch.nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    a, b = (torch.nn.Parameter(torch.randn(shape, generator=noise)) for shape in ((4, 64), (96, 4)))
+    x = torch.randn(256, 64, generator=noise).bfloat16()
+    with torch.no_grad():
+        a.mul_(0.05)
+        b.mul_(2e-4)  # after one step of AdamW at 2e-4
+    stack = fused.Stack([fused.Part(linear, a, b, 2.0)])
+    low = stack.low(stack.adapters())
+    assert low is not None
+    grad = torch.randn(256, 96, generator=noise).bfloat16()
+    wide_a, wide_b = (weight.float() for weight in low)
+    found = [
+        (stack.forward(x, low)[0], stack.forward(x, None)[0], x.float() @ wide_a.T @ wide_b.T),
+        (stack.input_gradient(grad, low)[0], stack.input_gradient(grad, None)[0], grad @ low[1] @ low[0]),
+    ]
+    for with_, without, added in found:
+        assert with_ is not None and without is not None
+        wide = added.float()
+        assert wide.abs().mean() < without.float().abs().mean() / 256  # below half a unit in the last place
+        kept = ((with_.float() - without.float()) * wide).sum() / wide.square().sum()
+        assert 0.7 < float(kept) < 1.3

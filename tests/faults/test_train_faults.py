@@ -53,10 +53,10 @@ def copy(planned: Path, to: Path) -> Path:
     return to
 
 
-def wait_for(folder: Path, victim: Any, word: str) -> None:
-    """Until the victim has said it since `SAID` was removed, or is gone."""
+def wait_for(folder: Path, victim: Any, word: str, times: int = 1) -> None:
+    """Until the victim has said it so often since `SAID` was removed, or is gone."""
     while victim.is_alive():
-        if (folder / SAID).exists() and word in (folder / SAID).read_text():
+        if (folder / SAID).exists() and (folder / SAID).read_text().count(word) >= times:
             return
         time.sleep(0.001)
 
@@ -68,8 +68,10 @@ def one_life(folder: Path, draw: random.Random) -> bool:
         victim = start(train_victim.training, folder, draw.randrange(180))
     else:
         victim = start(train_victim.training, folder)
-        wait_for(folder, victim, " training\n")
-        time.sleep(draw.uniform(0, 0.15))
+        wait_for(
+            folder, victim, " training\n", draw.randint(1, 8)
+        )  # steps: a slow machine is killed as far on
+        time.sleep(draw.uniform(0, 0.02))
         victim.kill()
     victim.join(120)
     assert victim.exitcode in (0, -signal.SIGKILL)

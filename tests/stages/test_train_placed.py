@@ -168,6 +168,9 @@ def test_sigterm_saves_and_all_are_gone_in_ten_seconds(victim: Any, tmp_path: Pa
 def test_a_rank_that_is_killed_is_named_and_the_training_goes_on_from_its_checkpoint(
     victim: Any, made: Callable[..., Inputs], tmp_path: Path
 ) -> None:
+    until = time.monotonic() + 60
+    while not (tmp_path / "scratch" / "checkpoints" / "step-00000005").exists() and time.monotonic() < until:
+        time.sleep(0.01)
     os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
     victim.join(60)
     assert victim.exitcode == ranks_victim.FAILED and all_gone(tmp_path, 10)

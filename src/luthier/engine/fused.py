@@ -4,13 +4,14 @@ Sources: the gradient of W x + s B A x (Hu et al. 2021, arXiv 2106.09685) writte
 LoRAFusion (arXiv 2510.00206). Layers that read one input (q, k, v; gate, up) are one product with one saved
 input: their frozen weights lie in one tensor, their A's are stacked, their B's form a block diagonal.
 Products run in the base's number type, with the adapter's float32 masters cast once a call; an MLP keeps
-its input and (gate, up) and nothing else.
+its input and (gate, up) and nothing else. The adapter's product comes first and the base's is added to it,
+in float32 inside one product: the other way round, what a young adapter adds is below half a unit in the
+last place of the base's bf16 output, and is rounded away.
 
 `fuse` replaces the forward of a module only after the replacement has given the module's own answer on a
-trial; what it does not recognise (dropout, DoRA, trained base weights, other MLPs) it leaves as it was.
-`spare` trades time for memory with the same bits: an MLP computes (gate, up) again on the way back, or whole
-decoder layers are computed again (activation checkpointing, Chen et al. 2016, arXiv 1604.06174). It does not
-know files or PEFT's format: the parameters stay PEFT's own.
+trial; what it does not recognise (dropout, DoRA, trained base weights, other MLPs) it leaves as it was. With
+`spare` an MLP computes (gate, up) again on the way back, or whole decoder layers are computed again (Chen et
+al. 2016, arXiv 1604.06174): less memory, the same bits. It knows no files; parameters stay PEFT's own.
 """
 
 from __future__ import annotations
@@ -113,23 +114,22 @@ class Stack:
 
     def forward(self, x_T_E: Tensor, low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """The output, and the input in the adapters' (T, R) space, which the way back needs again."""
-        y_T_O = nn.functional.linear(x_T_E, self.weight_O_E, self.bias_O)
         if low is None:
-            return y_T_O, None
+            return nn.functional.linear(x_T_E, self.weight_O_E, self.bias_O), None
         a_R_E, b_O_R = low
         x_T_R = x_T_E @ a_R_E.T
-        return y_T_O.addmm_(x_T_R, b_O_R.T), x_T_R
+        y_T_O = (x_T_R @ b_O_R.T).addmm_(x_T_E, self.weight_O_E.T)
+        return (y_T_O if self.bias_O is None else y_T_O.add_(self.bias_O)), x_T_R
 
     def input_gradient(
         self, grad_T_O: Tensor, low: tuple[Tensor, Tensor] | None, wanted: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of the input, if `wanted`, and of the input in the adapters' space."""
-        grad_T_E = grad_T_O @ self.weight_O_E if wanted else None
         if low is None:
-            return grad_T_E, None
+            return grad_T_O @ self.weight_O_E if wanted else None, None
         a_R_E, b_O_R = low
         grad_T_R = grad_T_O @ b_O_R
-        return None if grad_T_E is None else grad_T_E.addmm_(grad_T_R, a_R_E), grad_T_R
+        return (grad_T_R @ a_R_E).addmm_(grad_T_O, self.weight_O_E) if wanted else None, grad_T_R
 
     def adapter_gradients(
         self,
