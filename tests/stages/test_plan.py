@@ -68,7 +68,7 @@ def test_a_row_longer_than_allowed_is_named(made: Inputs, tmp_path: Path) -> Non
 def test_what_cannot_fit_in_memory_is_refused_with_what_would(made: Inputs, tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
         run(made, tmp_path, planning({"memory_gb": 0.1}))
-    would_fit = float(str(caught.value).rsplit("plan.memory_gb: ", 1)[1].split()[0])
+    would_fit = float(str(caught.value).rsplit("plan.memory_gb: ", 1)[1].split(";")[0])
     facts = run(made, tmp_path, planning({"memory_gb": would_fit}))
     assert facts["peak_gb"] <= would_fit
 

@@ -81,20 +81,31 @@ class Documents:
     def of(lengths_D: Sequence[int], parents_D: Sequence[int] = ()) -> Documents:
         """Group neighbours that follow the same document: short ones unless one is more than twice another,
         long ones if equal. `parents_D`: an earlier document that each one follows, -1 or empty: none."""
-        runs: list[tuple[int, list[int]]] = []
-        through: list[tuple[tuple[int, int, int], ...]] = []  # the path up to and with each document
-        for length, parent in zip(lengths_D, parents_D or (-1,) * len(lengths_D), strict=True):
-            if runs and runs[-1][0] == parent and _like(length, runs[-1][1]):
-                runs[-1][1].append(length)
-            else:
-                runs.append((parent, [length]))
-            here = (len(runs) - 1, len(runs[-1][1]) - 1, length)
-            through.append((*(through[parent] if parent >= 0 else ()), here))
+        runs, through = grouped(lengths_D, parents_D)
         groups, start = [], 0
         for parent, run in runs:
             groups.append(_group(start, run, through[parent] if parent >= 0 else ()))
             start += sum(run)
         return Documents(tuple(groups), start)
+
+
+Step = tuple[int, int, int]  # a document on a path: its group, its number there, its length
+
+
+def grouped(
+    lengths_D: Sequence[int], parents_D: Sequence[int] = ()
+) -> tuple[list[tuple[int, list[int]]], list[tuple[Step, ...]]]:
+    """(parent, lengths) of each group, and for each document the path up to and with itself."""
+    runs: list[tuple[int, list[int]]] = []
+    through: list[tuple[Step, ...]] = []
+    for length, parent in zip(lengths_D, parents_D or (-1,) * len(lengths_D), strict=True):
+        if runs and runs[-1][0] == parent and _like(length, runs[-1][1]):
+            runs[-1][1].append(length)
+        else:
+            runs.append((parent, [length]))
+        here = (len(runs) - 1, len(runs[-1][1]) - 1, length)
+        through.append((*(through[parent] if parent >= 0 else ()), here))
+    return runs, through
 
 
 def _like(length: int, run: Sequence[int]) -> bool:

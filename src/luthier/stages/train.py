@@ -97,6 +97,11 @@ class Progress:
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
+    if plan.get("device"):
+        raise TrainError(
+            f"the plan is for {plan['device']}, which is not here", where="plan.device",
+            hint="leave plan.device out to train on this machine",
+        )  # fmt: skip
     torch.set_num_threads(plan["threads"])
     memory.release()
     memory.forget_peak()
