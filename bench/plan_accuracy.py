@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ CHATML = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LIMIT_S = 1800
+SPLITS = ("train", "validation", "test")
 SEEN = 20  # steps after which the time left is predicted again
 
 
@@ -138,6 +139,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--set", default="held-out", choices=sorted(SETS))
     parser.add_argument("--only", help="these names, with commas")
     parser.add_argument("--guard", help="a home in which examples/guard.yaml can run")
+    parser.add_argument("--steps", type=int, default=10**6, help="at most so many (memory needs few)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     found = parser.parse_args()
@@ -150,6 +152,7 @@ def arguments() -> argparse.Namespace:
 def once(name: str, asked: argparse.Namespace) -> dict[str, Any]:
     """One configuration in a process of its own; a failure is a result too."""
     command = [sys.executable, __file__, str(asked.result), "--inside", name, "--threads", str(asked.threads)]
+    command += ["--steps", str(asked.steps)]
     command += ["--guard", asked.guard] if asked.guard else []
     load = os.getloadavg()[0]
     made = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
@@ -170,6 +173,7 @@ def inside(asked: argparse.Namespace) -> None:
             about: dict[str, Any] = dict(wishes)
         else:
             config = next(each for each in (*HELD_OUT, *FITTING) if each.name == asked.inside)
+            config = replace(config, steps=min(config.steps, asked.steps))
             recipe, home, wishes = write(config, place, asked.threads), str(place / "home"), {}
             about = asdict(config)
         began = time.monotonic()
@@ -234,13 +238,16 @@ def write(config: Config, place: Path, threads: int) -> Path:
         "data": {
             "sources": [
                 {
-                    "from": {"name": "files", "files": {s: f"{s}.jsonl" for s in ("train", "validation", "test")}},
+                    "from": {"name": "files", "files": {split: f"{split}.jsonl" for split in SPLITS}},
                     "licence": "CC0-1.0", "purpose": "measure the plan",
                     "chat": {"system": config.system},
                 }
             ],
         },
-        "model": {"from": {"name": "files", "files": {"model": "base"}}, "licence": "CC0-1.0", "dtype": config.dtype},
+        "model": {
+            "from": {"name": "files", "files": {"model": "base"}},
+            "licence": "CC0-1.0", "dtype": config.dtype,
+        },
         "plan": {"max_length": 4096, "threads": threads, "checkpointing": config.checkpointing},
         "train": [
             {
@@ -259,7 +266,9 @@ def write(config: Config, place: Path, threads: int) -> Path:
 def model(config: Config, folder: Path) -> None:
     """A random model with a byte-level tokenizer: a real folder, as a downloaded one is. In a child process,
     so that what it took does not count."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import plan_accuracy as a; a._model(sys.argv[2], sys.argv[3])"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import plan_accuracy as own; own._model(*sys.argv[2:])"
+    )
     command = [sys.executable, "-c", code, str(Path(__file__).parent), config.name, str(folder)]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -284,8 +293,9 @@ def _model(name: str, folder: str) -> None:
     kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[config.family]
     made = kind(
         vocab_size=config.vocabulary, hidden_size=config.width, intermediate_size=config.inner,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        head_dim=config.width // config.heads, max_position_embeddings=8192, tie_word_embeddings=True,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads, head_dim=config.width // config.heads,
+        max_position_embeddings=8192, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(made, dtype=getattr(torch, config.dtype)).save_pretrained(folder)

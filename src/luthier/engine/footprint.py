@@ -191,7 +191,7 @@ def layer_bytes(shape: Shape, at: Layout, checkpointing: Checkpointing = Checkpo
     attention = c * at.places * (shape.queries + 2 * shape.keys) + c * shape.heads * at.kept
     if at.streamed:
         attention += at.places * shape.heads * (c * shape.head_width + FLOAT32)
-    out = c * tokens * shape.queries  # the input of attention's last product
+    out = c * tokens * shape.queries if shape.stacks[1].rank else 0  # the input of attention's last product
     low = c * sum(stack.low + tokens * stack.rank for stack in shape.stacks)
     both = 0 if checkpointing is Checkpointing.SELECTIVE else c * tokens * 2 * shape.inner
     return norms + attention + out + low + both
@@ -214,14 +214,16 @@ def passing_bytes(shape: Shape, at: Layout, how: How) -> int:
 def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
     """(activations, head) of one micro-batch, when they are most together."""
     c, d = shape.weight_bytes, shape.width
-    kept = shape.layers * layer_bytes(shape, at, how.checkpointing) + 2 * c * d * at.tokens
-    ends = 2 * c * d * at.loss_tokens
+    # The first norm keeps nothing, the last one does. Rotary tables are the same for all layers.
+    kept = shape.layers * layer_bytes(shape, at, how.checkpointing) + 2 * c * shape.head_width * at.tokens
+    slope = c * d * at.loss_tokens
     rows = min(how.tile, at.loss_tokens)
     tile = rows * shape.vocabulary * (3 if at.loss_tokens > how.tile else 2) * FLOAT32
+    tile += c * d * (at.tokens + at.loss_tokens)
     passing = passing_bytes(shape, at, how)
     if how.checkpointing is Checkpointing.FULL:
         passing += layer_bytes(shape, at)
-    return (kept + passing, ends) if passing >= tile else (kept, tile + ends)
+    return (kept + passing, slope) if passing >= tile else (kept, tile + slope)
 
 
 def forecast(shape: Shape, layouts: Iterable[Layout], how: How, row_tokens: int = 0) -> Forecast:
