@@ -84,7 +84,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     artifacts.write_json(out / "plan.json", decisions)
     predicted = {
         "peak_gb": round(chosen.forecast.total / 1e9, 3),
-        "minutes": round(minutes, 4),
+        "minutes": round(minutes, 6),
         **_cost(budget, device, minutes),
         "bytes": chosen.forecast.as_dict(),
         "bits_per_parameter": chosen.forecast.bits(work.need.shape.parameters),
@@ -228,11 +228,11 @@ def _cost(budget: Any, device: Device | None, minutes: float) -> dict[str, float
     """Energy where the draw is known, money where a price is."""
     watts = budget.watts or (device.watts if device else None)
     energy_kwh = None if watts is None else watts * minutes / 60 / 1000
-    found = {} if energy_kwh is None else {"energy_kwh": round(energy_kwh, 6)}
+    found = {} if energy_kwh is None else {"energy_kwh": round(energy_kwh, 9)}
     if budget.price_per_hour is not None or (budget.price_per_kwh is not None and energy_kwh is not None):
         power = (energy_kwh or 0.0) * (budget.price_per_kwh or 0.0)
         money = (budget.price_per_hour or 0.0) * minutes / 60 + power
-        found["money"] = round(money, 6)
+        found["money"] = round(money, 9)
     return found
 
 
@@ -346,8 +346,8 @@ def _elsewhere(device: Device, section: Any, work: Work) -> dict[str, Any]:
     minutes = _elsewhere_s(device, section.phases[0], moved, chosen) / 60
     return {
         "device": device.name, "fits": True, "checkpointing": chosen.checkpointing.value,
-        "peak_gb": round(chosen.forecast.total / 1e9, 2), "minutes": round(minutes, 3),
-        "energy_kwh": round(device.watts * minutes / 60e3, 6),
+        "peak_gb": round(chosen.forecast.total / 1e9, 2), "minutes": round(minutes, 6),
+        "energy_kwh": round(device.watts * minutes / 60e3, 9),
     }  # fmt: skip
 
 
