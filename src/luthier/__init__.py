@@ -19,6 +19,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # oneDNN keeps 1,024 compiled products, one for every shape it met; packed batches have new shapes at every
 # step, and memory grew by a gigabyte in 200 of them. A step needs about forty.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # torch's layer above it has a cache of 1,024 of its own
 
 if TYPE_CHECKING:
     from luthier.api import (

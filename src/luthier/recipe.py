@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from luthier.plugins import Part, choice
+from luthier.devices import DEVICES
+from luthier.plugins import Part, choice, unknown
 from luthier.store_schema import ALIAS
 
 Text = Annotated[str, Field(min_length=1)]
@@ -71,6 +72,22 @@ class Plan(Section):
     placement: Literal["auto", "one", "ddp", "fsdp"] = Field(
         default="auto", description="whether each process has a copy of the model (ddp) or a share (fsdp)"
     )
+    checkpointing: Literal["none", "selective", "full"] | None = Field(
+        default=None, description="what is computed again, not kept; default: the least that fits"
+    )
+    device: str | None = Field(default=None, description="plan for this one, e.g. h100-sxm; default: here")
+    price_per_hour: float | None = Field(default=None, ge=0, description="of the machine, in any currency")
+    watts: float | None = Field(
+        default=None, gt=0, description="that the machine draws; default: the device's"
+    )
+    price_per_kwh: float | None = Field(default=None, ge=0)
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, name: str | None) -> str | None:
+        if name is not None and name not in DEVICES:
+            raise ValueError(unknown("device", name, tuple(DEVICES)))
+        return name
 
     @model_validator(mode="after")
     def _placed(self) -> Plan:

@@ -16,7 +16,7 @@ MARKS = {True: "[green]✓[/]", False: "[red]✗[/]"}
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        right = column in ("seconds", "accuracy", "F1", "p95 s", "rows")
+        right = column in ("seconds", "accuracy", "F1", "p95 s", "rows", "GB", "share", "minutes", "kWh")
         table.add_column(column, justify="right" if right else "left", no_wrap=column in ("run", "digest"))
     return table
 
@@ -29,10 +29,9 @@ def outcome(console: Console, done: Row) -> None:
         console.print()
         systems(console, score)
     prediction = done["stages"].get("plan", {}).get("facts", {})
-    if "train" not in done["stages"]:
+    if prediction and "train" not in done["stages"]:
         console.print()
-        for name, value in prediction.items():
-            console.print(f"  {name.replace('_', ' ')}: {value}", highlight=False)
+        plan(console, prediction)
     console.print()
     if done["release"]:
         console.print(
@@ -49,6 +48,60 @@ def stages(console: Console, records: Mapping[str, Row]) -> None:
             name, record["digest"][:12], f"{record['seconds']:.1f}", "reused" if record["reused"] else ""
         )
     console.print(table)
+
+
+def plan(console: Console, facts: Row) -> None:
+    """What training would take: weights, tokens, bytes by kind, time, money, and the same elsewhere."""
+    where = facts["device"] or "this machine"
+    share, packed = facts["trainable_share"], facts["computed_tokens"]
+    bits = sum(facts["bits_per_parameter"].values())
+    lines = [
+        ("trains", f"{facts['trainable_parameters']:,} weights, {share:.2%} of all; {bits:.1f} bits each"),
+        ("tokens", f"{facts['tokens']:,} in {facts['steps']:,} steps; {packed:,} after packing, "
+         f"{facts['loss_tokens']:,} learnt"),
+        ("at once", f"{facts['largest_micro_batch']:,} tokens of {facts['micro_batches']:,} micro-batches; "
+         f"checkpointing: {facts['checkpointing']}; {facts['dtype']}"),
+        ("memory", f"{facts['peak_gb']:.2f} GB of {facts['budget_gb']:.2f} on {where}"),
+        ("work", f"{facts['operations']['total'] / 1e12:,.2f} trillion operations"),
+        ("time", f"{clock(60 * facts['minutes'])} at {facts['tokens_per_s']:,.0f} tokens/s"),
+    ]  # fmt: skip
+    if "energy_kwh" in facts:
+        lines.append(("energy", f"{facts['energy_kwh']:.4g} kWh"))
+    if "money" in facts:
+        lines.append(("money", f"{facts['money']:.4g}"))
+    for name, said in lines:
+        console.print(f"  [bold]{name:<9}[/]{said}", highlight=False)
+    kinds = _table("kind", "GB", "share")
+    whole = facts["bytes"]["total"]
+    for kind, count in facts["bytes"].items():
+        if count:
+            kinds.add_row(kind, f"{count / 1e9:.3f}", f"{count / whole:.0%}")
+    console.print()
+    console.print(kinds)
+    if facts["elsewhere"]:
+        console.print()
+        console.print(_elsewhere(facts["elsewhere"]))
+        console.print("[dim]elsewhere: from data sheets and an assumed share of their rates[/]")
+    for warning in facts["warnings"]:
+        console.print(f"[yellow]note[/] {escape(warning)}", soft_wrap=True)
+
+
+def _elsewhere(devices: Sequence[Row]) -> Table:
+    table = _table("device", "fits", "GB", "minutes", "kWh")
+    for device in devices:
+        figures = ["", "", ""]
+        if device["fits"]:
+            minutes = device["minutes"]
+            figures = [f"{device['peak_gb']:.1f}", f"{minutes:,.2f}", f"{device['energy_kwh']:.4f}"]
+        table.add_row(device["device"], MARKS[device["fits"]], *figures)
+    return table
+
+
+def clock(seconds: float) -> str:
+    """75 → '1:15'; 3675 → '1:01:15'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def systems(console: Console, score: Mapping[str, Row]) -> None:

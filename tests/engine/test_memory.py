@@ -1,43 +1,10 @@
-"""Bytes by kind come from shapes, and peaks from the kernel."""
+"""Peaks are read from the kernel, and a model can be outlined without its bytes."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from luthier.engine import base, host, memory
-from tests.engine.tiny_families import FAMILIES
-
-SHAPE = memory.Shape(2, 64, 4, 2, 16, 128, 300, 100_000, 2)
-
-
-def test_a_shape_is_read_from_any_family() -> None:
-    for make in FAMILIES.values():
-        shape = memory.Shape.of(make(), 10, 2)
-        assert (shape.layers, shape.width, shape.inner, shape.kv_heads, shape.vocabulary) == (
-            2,
-            32,
-            48,
-            2,
-            97,
-        )
-
-
-def test_a_forecast_is_the_sum_of_its_kinds() -> None:
-    found = memory.forecast(SHAPE, 1000, (256, 100), 64)
-    assert found.total == sum(asdict(found).values()) == found.as_dict()["total"]
-    assert found.weights == 200_000 and found.adapters == 4000 and found.optimiser == 8000
-
-
-@given(tokens=st.integers(1, 10_000), more=st.integers(1, 1000), trainable=st.integers(1, 10**7))
-def test_more_tokens_layers_or_weights_never_take_less(tokens: int, more: int, trainable: int) -> None:
-    least = memory.forecast(SHAPE, trainable, (tokens, 8), 64).total
-    assert memory.forecast(SHAPE, trainable, (tokens + more, 8), 64).total > least
-    assert memory.forecast(SHAPE, trainable + more, (tokens, 8), 64).total > least
-    assert memory.forecast(replace(SHAPE, layers=3), trainable, (tokens, 8), 64).total > least
 
 
 def test_an_outline_has_the_shapes_of_the_model_and_none_of_its_bytes(tiny_base: Path) -> None:

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from luthier import artifacts, template
-from luthier.errors import PlanError
+from luthier.devices import DEVICES
+from luthier.engine import footprint, layout
+from luthier.engine.footprint import Checkpointing
+from luthier.errors import PlanError, TrainError
 from luthier.rows import chat
-from luthier.stages import Inputs, plan
+from luthier.stages import Inputs, plan, train
 from luthier.stages.plan import MICRO_TOKENS
-from tests.stages.training import planning, records, world
+from luthier.template import Encoded
+from tests.stages.training import phase, planning, records, world
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def test_a_row_longer_than_allowed_is_named(made: Inputs, tmp_path: Path) -> Non
 def test_what_cannot_fit_in_memory_is_refused_with_what_would(made: Inputs, tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
         run(made, tmp_path, planning({"memory_gb": 0.1}))
-    would_fit = float(str(caught.value).rsplit("plan.memory_gb: ", 1)[1].split()[0])
+    would_fit = float(str(caught.value).rsplit("plan.memory_gb: ", 1)[1].split(";")[0])
     facts = run(made, tmp_path, planning({"memory_gb": would_fit}))
     assert facts["peak_gb"] <= would_fit
 
@@ -98,3 +103,72 @@ def test_the_recipe_may_ask_for_fewer_threads_but_not_for_more_than_there_are(
 def test_an_empty_validation_split_is_allowed(tiny_base: Path, tmp_path: Path) -> None:
     inputs = world(tmp_path, tiny_base, validation=0)
     assert run(replace(inputs), tmp_path / "out")["validation_rows"] == 0
+
+
+def test_every_offered_change_was_forecast_and_fits(made: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(PlanError) as caught:
+        run(made, tmp_path, planning({"memory_gb": 0.1}))
+    assert "plan.device: " in str(caught.value) and "max_length" not in str(caught.value)
+    work = plan._work(planning(batch=40), made, ("float32", None))
+    need = replace(work.need, shape=replace(work.need.shape, layers=400))
+    kinds = (Checkpointing.NONE,)
+    least = replace(need, how=replace(need.how, checkpointing=kinds[0])).forecast(need.longest).total
+    told = str(plan._too_big(replace(work, need=need), phase(), least * 0.97, kinds))
+    assert "plan.memory_gb: " in told and "plan.checkpointing: " in told
+    length = int(told.split("plan.max_length: ")[1].split()[0])
+    cut = layout.of([Encoded(row.ids[:length], row.mask[:length], row.id) for row in need.steps[0][:1]])
+    assert footprint.forecast(need.shape, [cut], need.how, need.row_tokens).total <= least * 0.97
+    assert "million parameters" in told
+
+
+def test_a_device_of_the_table_is_planned_for_without_being_here(made: Inputs, tmp_path: Path) -> None:
+    section = planning({"device": "h100-sxm", "price_per_hour": 3.0, "price_per_kwh": 0.3})
+    facts = run(made, tmp_path, section)
+    assert facts["device"] == "h100-sxm" and facts["budget_gb"] == 80 and facts["minutes"] > 0
+    hours = facts["minutes"] / 60
+    assert facts["energy_kwh"] == pytest.approx(0.7 * hours, rel=0.01)
+    assert facts["money"] == pytest.approx(3 * hours + 0.3 * 0.7 * hours, rel=0.01)
+    assert "pace" not in facts, "nothing of it was measured"
+
+
+def test_training_here_does_not_start_from_a_plan_for_elsewhere(made: Inputs, tmp_path: Path) -> None:
+    section = planning({"device": "l4"})
+    run(made, tmp_path, section)
+    inputs = replace(made, artefacts={**made.artefacts, "plan": tmp_path})
+    with pytest.raises(TrainError, match="the plan is for l4"):
+        train.run(section.phases, inputs, tmp_path / "train")
+
+
+def test_an_unknown_device_is_answered_with_the_nearest_name() -> None:
+    with pytest.raises(ValidationError, match="did you mean 'h100-sxm'"):
+        planning({"device": "h100-sxn"})
+
+
+def test_without_a_price_there_is_no_money_and_without_watts_no_energy(made: Inputs, tmp_path: Path) -> None:
+    facts = run(made, tmp_path / "plain")
+    assert not {"money", "energy_kwh"} & facts.keys()
+    facts = run(made, tmp_path / "priced", planning({"price_per_hour": 60.0, "watts": 100}))
+    assert facts["money"] == pytest.approx(facts["minutes"], rel=0.02)
+    assert facts["energy_kwh"] == pytest.approx(facts["minutes"] / 600, rel=0.1, abs=2e-6)
+
+
+def test_a_plan_tells_what_devices_of_the_table_would_take(made: Inputs, tmp_path: Path) -> None:
+    facts = run(made, tmp_path)
+    assert {line["device"] for line in facts["elsewhere"]} == set(DEVICES)
+    assert all(line["fits"] and line["minutes"] > 0 for line in facts["elsewhere"])
+    assert facts["operations"]["total"] == sum(
+        count for kind, count in facts["operations"].items() if kind != "total"
+    )
+
+
+def test_an_unusual_share_of_trained_weights_is_noted(made: Inputs, tmp_path: Path) -> None:
+    (note,) = run(made, tmp_path)["warnings"]
+    assert "of the weights train; usual for lora is 0.01 to 1 %" in note
+
+
+def test_what_is_computed_again_can_be_asked_for(made: Inputs, tmp_path: Path) -> None:
+    usual = run(made, tmp_path / "usual")
+    full = run(made, tmp_path / "full", planning({"checkpointing": "full"}))
+    assert usual["checkpointing"] == "none" and full["checkpointing"] == "full"
+    assert full["bytes"]["activations"] < usual["bytes"]["activations"]
+    assert full["operations"]["total"] > usual["operations"]["total"]

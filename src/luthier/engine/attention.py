@@ -324,7 +324,8 @@ def _stacked(x_PHE: Tensor, group: Group, kv_heads: int) -> Tensor:
     """(documents × kv heads, heads per kv head × length, width): one matrix for each key head."""
     _, heads, width = x_PHE.shape
     x_DHLE = x_PHE.view(group.documents, group.length, heads, width).transpose(1, 2)
-    return x_DHLE.reshape(group.documents * kv_heads, heads // kv_heads * group.length, width)
+    laid = x_DHLE.reshape(group.documents * kv_heads, heads // kv_heads * group.length, width)
+    return laid.contiguous()  # a view would keep the wide product alive that it was cut from
 
 
 def _gather(x: Tensor, group: Group, heads: int) -> Tensor:

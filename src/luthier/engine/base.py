@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -50,6 +50,16 @@ def outline(folder: Path) -> Any:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
     return _made(folder, make)
+
+
+def stored(folder: Path) -> set[str]:
+    """The number types of the weights as they lie on disk, by torch's names."""
+    names = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    return {names.get(kind, kind) for kind in found}
 
 
 def _made(folder: Path, make: Any) -> Any:

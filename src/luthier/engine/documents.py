@@ -55,9 +55,7 @@ class Group:
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """The queries that attend at once, as pieces of a document: all of them if it is short."""
-        step = self.length if self.short else QUERIES
-        return [(first, min(first + step, self.length)) for first in range(0, self.length, step)]
+        return blocks(self.length, self.reach)
 
 
 @dataclass(frozen=True)
@@ -73,20 +71,37 @@ class Documents:
     def of(lengths_D: Sequence[int], parents_D: Sequence[int] = ()) -> Documents:
         """Group neighbours that follow the same document: short ones unless one is more than twice another,
         long ones if equal. `parents_D`: an earlier document that each one follows, -1 or empty: none."""
-        runs: list[tuple[int, list[int]]] = []
-        through: list[tuple[tuple[int, int, int], ...]] = []  # the path up to and with each document
-        for length, parent in zip(lengths_D, parents_D or (-1,) * len(lengths_D), strict=True):
-            if runs and runs[-1][0] == parent and _like(length, runs[-1][1]):
-                runs[-1][1].append(length)
-            else:
-                runs.append((parent, [length]))
-            here = (len(runs) - 1, len(runs[-1][1]) - 1, length)
-            through.append((*(through[parent] if parent >= 0 else ()), here))
+        runs, through = grouped(lengths_D, parents_D)
         groups, start = [], 0
         for parent, run in runs:
             groups.append(_group(start, run, through[parent] if parent >= 0 else ()))
             start += sum(run)
         return Documents(tuple(groups), start, tuple(lengths_D), tuple(parents_D))
+
+
+Step = tuple[int, int, int]  # a document on a path: its group, its number there, its length
+
+
+def grouped(
+    lengths_D: Sequence[int], parents_D: Sequence[int] = ()
+) -> tuple[list[tuple[int, list[int]]], list[tuple[Step, ...]]]:
+    """(parent, lengths) of each group, and for each document the path up to and with itself."""
+    runs: list[tuple[int, list[int]]] = []
+    through: list[tuple[Step, ...]] = []
+    for length, parent in zip(lengths_D, parents_D or (-1,) * len(lengths_D), strict=True):
+        if runs and runs[-1][0] == parent and _like(length, runs[-1][1]):
+            runs[-1][1].append(length)
+        else:
+            runs.append((parent, [length]))
+        here = (len(runs) - 1, len(runs[-1][1]) - 1, length)
+        through.append((*(through[parent] if parent >= 0 else ()), here))
+    return runs, through
+
+
+def blocks(length: int, reach: int) -> list[tuple[int, int]]:
+    """The queries that attend at once, as pieces of a document: all of them if it is short."""
+    step = length if reach <= SHORT else QUERIES
+    return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 
 def _like(length: int, run: Sequence[int]) -> bool:

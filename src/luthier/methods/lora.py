@@ -20,6 +20,7 @@ from luthier import artifacts, plugins
 from luthier.errors import ModelError
 
 VERSION = 1
+USUAL_SHARE = (0.0001, 0.01)  # of all weights that train; outside of it a plan says so
 _HOST_FIELDS = ("peft_version", "auto_mapping", "revision", "runtime_config")
 
 
@@ -71,14 +72,20 @@ def linears(model: Any) -> dict[str, tuple[int, int]]:
     return {name: (part.in_features, part.out_features) for name, part in found.items()}
 
 
-def trainable(model: Any, params: Params) -> int:
-    """Trained weights, without building them (`model` may be weightless): the sum of r (d_in + d_out)."""
-    return sum(
-        params.r * (d_in + d_out)
-        for name, (d_in, d_out) in linears(model).items()
+def ranks(model: Any, params: Params) -> dict[str, int]:
+    """The rank of each linear layer's addition, by the layer's name (`model` may be weightless)."""
+    return {
+        name: params.r
+        for name in linears(model)
         if isinstance(params.targets, str)
         or any(name == target or name.endswith(f".{target}") for target in params.targets)
-    )
+    }
+
+
+def trainable(model: Any, params: Params) -> int:
+    """Trained weights, without building them: the sum of r (d_in + d_out)."""
+    found = linears(model)
+    return sum(rank * sum(found[name]) for name, rank in ranks(model, params).items())
 
 
 def report(model: Any) -> dict[str, float]:

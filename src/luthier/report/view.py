@@ -170,7 +170,10 @@ def _forecast(record: ReportInput) -> list[tuple[str, str, str, str]]:
         ("peak memory", foreseen.get("peak_gb"), train.get("peak_rss_bytes"), 1e9, size),
         ("training time", foreseen.get("minutes"), train.get("train_seconds"), 60.0, duration),
         ("tokens trained on", plan.get("tokens"), train.get("useful_tokens"), 1.0, count),
+        ("tokens after packing", plan.get("computed_tokens"), train.get("computed_tokens"), 1.0, count),
         ("optimiser steps", plan.get("steps"), train.get("steps"), 1.0, count),
+        ("energy", *_spent(foreseen, train, "energy_kwh"), 1.0, _kwh),
+        ("money, at the prices given", *_spent(foreseen, train, "money"), 1.0, plain),
     )
     rows = []
     for label, planned, came, scale, shown in pairs:
@@ -180,6 +183,30 @@ def _forecast(record: ReportInput) -> list[tuple[str, str, str, str]]:
         off = signed_percent(expected * scale / actual - 1) if expected is not None and actual else DASH
         rows.append((label, shown(None if expected is None else expected * scale), shown(actual), off))
     return rows
+
+
+def _spent(foreseen: Record, train: Record, kind: str) -> tuple[float | None, float | None]:
+    """What goes with time: foreseen, and the same for the time it really took."""
+    planned, minutes = number(foreseen.get(kind)), number(foreseen.get("minutes"))
+    seconds = number(train.get("train_seconds"))
+    if planned is None or not minutes or seconds is None:
+        return planned, None
+    return planned, planned * seconds / 60 / minutes
+
+
+def _kwh(value: object) -> str:
+    found = number(value)
+    return DASH if found is None else f"{found:.3g}{THIN}kWh"
+
+
+def _kinds(record: ReportInput) -> list[tuple[str, str]]:
+    """The bytes that the plan foresaw, by kind, and the operations."""
+    foreseen = mapping(record.prediction.get("bytes")).items()
+    found = [(f"{visible(kind)} (planned)", size(value)) for kind, value in foreseen if number(value)]
+    work = number(mapping(record.prediction.get("operations")).get("total"))
+    if work:
+        found.append(("operations (planned)", f"{work / 1e12:,.2f}{THIN}× 10¹²"))
+    return found
 
 
 def _decisions(record: ReportInput) -> list[tuple[str, str]]:
@@ -193,6 +220,8 @@ def _decisions(record: ReportInput) -> list[tuple[str, str]]:
         ("weights that train", f"{count(parameters)} ({percent(share)})" if number(parameters) else DASH),
         ("number type", visible(plan.get("dtype") or DASH)),
         ("threads", count(plan.get("threads"))),
+        ("checkpointing", visible(plan.get("checkpointing") or DASH)),
+        *_kinds(record),
     ]
     return [(label, value) for label, value in rows if value != DASH]
 

@@ -40,7 +40,7 @@ class Declared:
 STAGES = {
     "data": Declared(version=1, external=True),
     "model": Declared(version=1, needs=("data",), external=True),
-    "plan": Declared(version=2, needs=("data", "model")),
+    "plan": Declared(version=3, needs=("data", "model")),
     "train": Declared(version=3, needs=("data", "model", "plan"), saves_on_stop=True),
     "evaluate": Declared(version=1, needs=("data", "model", "plan", "train")),
     "release": Declared(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from luthier import artifacts
-from luthier.engine import batch, checkpoint, loop, memory, placement
+from luthier.engine import batch, checkpoint, loop, memory, pace, placement
 from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
@@ -50,6 +50,7 @@ class Work:
     held_out: tuple[Batch, ...]
     objective: loop.Objective
     settings: loop.Settings
+    tokens: int
     phase: Any
     place: Placement
     folder: Path
@@ -60,7 +61,7 @@ class Work:
 
 @dataclass
 class Progress:
-    """All that changes, beside weights and moments. A checkpoint holds exactly this."""
+    """All that changes, beside weights and moments. A checkpoint holds what cannot be told from the rest."""
 
     step: int = 0
     looked: int = -1
@@ -73,6 +74,8 @@ class Progress:
     peak_rss_bytes: int = 0
     saved: int = -1
     late: bool = False
+    computed: int = 0
+    look_s: float = 0.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     journals: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in JOURNALS})
 
@@ -85,6 +88,10 @@ class Progress:
 
     def noted(self, journal: str) -> list[Any]:
         return [json.loads(line) for line in self.journals[journal].splitlines()]
+
+    def last(self, journal: str, count: int) -> list[Any]:
+        """The last `count` records, without reading those before."""
+        return [json.loads(line) for line in self.journals[journal].rsplit(b"\n", count + 1)[-count - 1 : -1]]
 
 
 def descend(work: Work, progress: Progress, saver: Saver) -> None:
@@ -111,7 +118,7 @@ def descend(work: Work, progress: Progress, saver: Saver) -> None:
         if not _given_up(work, progress):
             past = loop.Past(progress.step, tuple(row["loss"] for row in progress.noted(CURVE)))
             for step in loop.train(work.model, work.loader, work.objective, work.adam, work.settings, past):
-                _record(work, progress, step, time.monotonic() - began)
+                _record(work, progress, step)
                 pause()
                 if _given_up(work, progress):
                     break
@@ -133,7 +140,7 @@ def resume(work: Work) -> Progress:
     loop.restore(work.model, work.adam, found.tensors)
     trained = loop.trained(work.model)
     work.tell(Event("train", f"going on after step {found.step}", found.step, work.settings.steps))
-    return Progress(
+    progress = Progress(
         **{name: found.state[name] for name in Progress().state()},
         step=found.step,
         saved=found.step,
@@ -144,6 +151,8 @@ def resume(work: Work) -> Progress:
         },
         journals={name: bytearray(found.journals[name]) for name in JOURNALS},
     )
+    progress.computed = sum(row["computed_tokens"] for row in progress.noted(CURVE))
+    return progress
 
 
 def _save(work: Work, progress: Progress, saver: Saver, wait: bool) -> None:
@@ -182,6 +191,7 @@ def _look(work: Work, progress: Progress) -> bool:
     due = step % work.phase.validation.every == 0 or step == work.settings.steps
     if not work.held_out or not due or progress.looked >= step:
         return True
+    began = time.monotonic()
     try:
         how = work.settings.formulas, work.place
         total, count = loop.mean_loss(work.model, work.held_out, work.objective, *how)
@@ -191,7 +201,7 @@ def _look(work: Work, progress: Progress) -> bool:
     if not math.isfinite(loss):
         raise TrainError(f"the held-out loss after step {step} is {loss}", hint="lower `lr`, raise `warmup`")
     progress.note(VALIDATION, {"step": step, "loss": loss})
-    progress.looked = step
+    progress.looked, progress.look_s = step, time.monotonic() - began
     if progress.best_loss is None or loss < progress.best_loss:
         moving = loop.trained(work.model).items()
         weights = {f"weight:{name}": weight.detach().clone() for name, weight in moving}
@@ -208,7 +218,7 @@ def _given_up(work: Work, progress: Progress) -> bool:
     return progress.misses >= int(work.phase.validation.patience)
 
 
-def _record(work: Work, progress: Progress, step: loop.Step, seconds: float) -> None:
+def _record(work: Work, progress: Progress, step: loop.Step) -> None:
     names = ("step", "loss", "lr", "grad_norm", "tokens", "computed_tokens", "loss_tokens")
     rss = memory.rss_bytes()
     progress.step = step.step
@@ -216,14 +226,24 @@ def _record(work: Work, progress: Progress, step: loop.Step, seconds: float) -> 
     if step.sick is not None:
         _record_sick(work, progress, step, step.sick)
         return
-    progress.in_a_row = 0
+    progress.in_a_row, progress.computed = 0, progress.computed + step.computed_tokens
     progress.note(CURVE, {name: getattr(step, name) for name in names})
     progress.note(LEDGER, {"step": step.step, "rows": list(step.rows)})
     facts = {
         "loss": step.loss, "lr": step.lr, "tokens_per_s": step.tokens / step.seconds, "rss_gb": rss / 1e9,
-        "eta_s": seconds / step.step * (work.settings.steps - step.step),
+        "eta_s": _left_s(work, progress),
     }  # fmt: skip
     work.tell(Event("train", "training", step.step, work.settings.steps, facts))
+
+
+def _left_s(work: Work, progress: Progress) -> float:
+    """The tokens that are left at the pace of the last steps, and the looks at held-out loss."""
+    rows, timings = (progress.last(name, pace.WINDOW + 1) for name in (CURVE, TIMINGS))
+    seconds = {row["step"]: row["seconds"] for row in timings}
+    timed = [(row["computed_tokens"], seconds[row["step"]]) for row in rows if row["step"] in seconds]
+    every, steps = work.phase.validation.every, work.settings.steps
+    looks = math.ceil(steps / every) - progress.step // every if work.held_out else 0
+    return pace.left_s(timed, max(0, work.tokens - progress.computed)) + looks * progress.look_s
 
 
 def _record_sick(work: Work, progress: Progress, step: loop.Step, sick: str) -> None:

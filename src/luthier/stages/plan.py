@@ -1,12 +1,13 @@
 """Stage 3, plan: know what training takes before it takes it, and refuse what cannot fit.
 
-Decisions (processes, threads of each, number type, tokens in a micro-batch) go to `plan.json`; they follow
-from the recipe, the rows, the base and the kind of machine, so they are the same each time and may key the
-training.
-Predictions (peak memory, minutes) come from closed forms (`engine.memory`) and from a few real micro-batches
-on the real model; with all that was measured they go to `observed/`.
+Decisions (processes, threads of each, number type, tokens in a micro-batch, what is computed again) go to
+`plan.json`; they follow from the recipe, the rows, the base and the kind of machine, so they are the same
+each time and may key the training. Predictions (bytes by kind, minutes, money, energy) come from closed forms
+(`engine.footprint`, `engine.flops`) over the micro-batches that will really come, and from a few of them on
+the real model (`engine.pace`); with all that was measured they go to `observed/`.
 
-It does not know GPUs, money or energy, nor what else will run on this machine meanwhile.
+Training on this machine will not start from a plan for a device of the table (`stages._elsewhere`). It does
+not know what else will run meanwhile.
 """
 
 from __future__ import annotations
@@ -14,111 +15,141 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier import artifacts, template
+from luthier.devices import DEVICES, Device
 from luthier.engine import base as bases
-from luthier.engine import batch, fused, head, host, memory, native
+from luthier.engine import batch, fit, flops, footprint, fused, head, host, layout, memory, native, pace
+from luthier.engine.footprint import Checkpointing
 from luthier.errors import DataError, PlanError
 from luthier.objectives import Batch
 from luthier.rows import Chat, chat
 from luthier.stages import Event, Inputs
+from luthier.stages._elsewhere import DEVICE_TOKENS, Work, elsewhere, elsewhere_s, how, looks, roomy
 from luthier.template import Encoded
 
 MICRO_TOKENS = 2048  # more does not train faster on a CPU: its matrix units are busy long before
 FREE_SHARE = 0.85  # of free memory, when the recipe sets no budget
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the phase will read and move, known before anything runs."""
-
-    loader: batch.Loader
-    validation: tuple[Encoded, ...]
-    shape: memory.Shape
-    trainable: int
-    steps: int
+TIMED = 3  # micro-batches of the first steps: the smallest, the middle and the largest
 
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     budget, phase = section.budget, section.phases[0]
     inputs.tell(Event("plan", "measuring this machine"))
-    machine = host.probe()
-    dtype = _dtype(inputs.artefacts["model"], machine)
-    work = _work(budget, phase, inputs, dtype)
-    allowed = (
-        round(1e9 * budget.memory_gb) if budget.memory_gb else round(FREE_SHARE * machine.memory_free_bytes)
-    )
+    machine, device = host.probe(), DEVICES.get(budget.device or "")
+    dtype = _dtype(inputs.artefacts["model"], machine, device)
+    work = _work(section, inputs, (dtype, device))
+    allowed = _allowed(budget, machine, device)
     processes, kind = budget.processes, _placement(budget, work, allowed)
-    micro_tokens, largest, forecast = _fit(work, allowed, (kind, processes))
-    work = replace(work, loader=replace(work.loader, micro_tokens=micro_tokens))
+    work = _shared(work, kind, processes)
+    most = DEVICE_TOKENS if device else _even(work, processes)
+    kinds = (Checkpointing(budget.checkpointing),) if budget.checkpointing else tuple(Checkpointing)
+    chosen = fit.choose(work.need, allowed / processes, most, kinds)
+    if chosen is None:
+        raise _too_big(work, phase, allowed / processes, kinds)
     threads = max(1, min(budget.threads or machine.cores, machine.cores) // processes)
     torch.set_num_threads(threads)
-    inputs.tell(Event("plan", "timing a few real micro-batches"))
-    tokens = sum(len(row.ids) for step in _steps(work) for row in step)
-    compiled = native.can_compile()
-    pace, gap = _pace(phase, inputs, work, (dtype, compiled))
-    memory.release()
-    computed = sum(sum(batch.sizes(step, micro_tokens)) for step in _steps(work))
-    minutes = _minutes(phase, work, computed, pace) / processes  # as if none were in another's way
-    if budget.minutes is not None and minutes > budget.minutes:
-        raise PlanError(
-            f"training would take about {minutes:.1f} minutes; the budget is {budget.minutes:g}",
-            where="plan.minutes",
-            hint=f"steps: {max(1, int(work.steps * budget.minutes / minutes))} would fit, "
-            f"or plan.minutes: {math.ceil(minutes)}",
-        )
-    decisions = _decisions(phase, work, tokens) | {
-        "computed_tokens": computed,
+    decisions = _decisions(phase, work, chosen) | {
         "processes": processes, "placement": kind,
-        "threads": threads, "dtype": dtype, "compiled": compiled,
-        "micro_tokens": micro_tokens, "largest_micro_batch": largest,
+        "threads": threads, "dtype": dtype, "compiled": work.need.how.compiled, "device": budget.device,
+        "warnings": _warnings(phase, work),
     }  # fmt: skip
+    total = _operations(work, chosen)
+    if device is None:
+        timing = _timed(phase, inputs, work, chosen)
+        minutes = timing.pop("minutes") / processes  # as if none were in another's way
+    else:
+        timing, minutes = {}, elsewhere_s(device, phase, work, chosen) / 60
+    _refuse_if_slow(budget, work, minutes)
     artifacts.write_json(out / "plan.json", decisions)
-    predicted = {"peak_gb": round(forecast.total / 1e9, 3), "minutes": round(minutes, 4)}
-    seen = {
-        "bytes": forecast.as_dict(), "budget_gb": round(allowed / 1e9, 3), "packing_gap": gap,
-        "tokens_per_s": round(pace[0] * tokens / computed, 1), "validation_tokens_per_s": round(pace[1], 1),
-        "host": machine.as_dict(),
-    }  # fmt: skip
+    predicted = {
+        "peak_gb": round(processes * chosen.forecast.total / 1e9, 3),
+        "minutes": round(minutes, 6),
+        **_cost(budget, device, minutes),
+        "bytes": {name: processes * size for name, size in chosen.forecast.as_dict().items()},
+        "bits_per_parameter": chosen.forecast.bits(work.need.shape.parameters),
+        "operations": total,
+        "tokens_per_s": round(work.tokens / (60 * minutes), 1) if minutes else 0.0,
+    } | timing
+    others = [] if device else [elsewhere(other, section, work) for other in DEVICES.values()]
+    seen = {"budget_gb": round(allowed / 1e9, 3), "elsewhere": others, "host": machine.as_dict()}
     (out / "observed").mkdir(exist_ok=True)
     artifacts.write_json(out / "observed" / "prediction.json", predicted | seen)
-    return decisions | predicted | {"tokens_per_s": seen["tokens_per_s"]}
+    return decisions | predicted | {"budget_gb": seen["budget_gb"], "elsewhere": others}
 
 
-def _dtype(model: Path, machine: host.Host) -> str:
+def _dtype(model: Path, machine: host.Host, device: Device | None) -> str:
     """bf16 where the base is bf16 and this machine is not slower in it; float32 else."""
     stored = str(artifacts.read_json(model / "base.json")["dtype"])
-    if stored == "bfloat16" and not machine.native_bf16 and machine.bf16_flops < machine.fp32_flops:
-        return "float32"
-    return stored
+    if stored != "bfloat16" or device:
+        return stored
+    slow = not machine.native_bf16 and machine.bf16_flops < machine.fp32_flops
+    return "float32" if slow else stored
 
 
-def _work(budget: Any, phase: Any, inputs: Inputs, dtype: str) -> Work:
+def _allowed(budget: Any, machine: host.Host, device: Device | None) -> float:
+    if budget.memory_gb:
+        return float(1e9 * budget.memory_gb)
+    return device.memory_bytes if device else FREE_SHARE * machine.memory_free_bytes
+
+
+def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Work:
     inputs.tell(Event("plan", "counting tokens"))
-    tokenizer = template.load_tokenizer(inputs.artefacts["model"] / "base")
+    budget, phase = section.budget, section.phases[0]
+    dtype, device = target
+    folder = inputs.artefacts["model"] / "base"
+    tokenizer = template.load_tokenizer(folder)
     train, validation = (
         _encoded(split, budget.max_length, inputs, tokenizer) for split in ("train", "validation")
     )
     if not train:
         raise DataError("the dataset has no training row", where="data")
     ids = tuple(row.id for row in train)
-    steps = phase.steps or math.ceil(phase.epochs * len(ids) / phase.batch)
-    looked = batch.order(tuple(row.id for row in validation), inputs.seed, "validation")
-    outline = bases.outline(inputs.artefacts["model"] / "base")
-    trainable = phase.method.module.trainable(outline, phase.method.params)
-    parameters = sum(weight.numel() for weight in outline.parameters())
-    return Work(
-        loader=batch.Loader(ids, dict(enumerate(train)), phase.batch, MICRO_TOKENS, inputs.seed),
-        validation=tuple(validation[row] for row in looked[: phase.validation.rows]),
-        shape=memory.Shape.of(outline.config, parameters, 2 if dtype == "bfloat16" else 4),
-        trainable=trainable,
-        steps=steps,
+    count = phase.steps or math.ceil(phase.epochs * len(ids) / phase.batch)
+    steps = tuple(
+        tuple(train[row] for row in batch.rows_of(ids, phase.batch, inputs.seed, step))
+        for step in range(1, count + 1)
     )
+    looked = batch.order(tuple(row.id for row in validation), inputs.seed, "validation")
+    outline = bases.outline(folder)
+    shape = footprint.shape(
+        outline, phase.method.module.ranks(outline, phase.method.params), 2 if dtype == "bfloat16" else 4,
+        mapped=device is None and bases.stored(folder) == {dtype},
+    )  # fmt: skip
+    need = fit.Work(
+        shape, steps, tuple(validation[row] for row in looked[: phase.validation.rows]),
+        how(device, native.can_compile()), 0 if device else sum(len(row.ids) for row in train),
+    )  # fmt: skip
+    return Work(batch.Loader(ids, dict(enumerate(train)), phase.batch, MICRO_TOKENS, inputs.seed), need)
+
+
+def _placement(budget: Any, work: Work, allowed: float) -> str:
+    """A copy of the model in each process, unless that takes more than half of what each may use."""
+    if budget.placement != "auto" or budget.processes == 1:
+        return "one" if budget.processes == 1 else str(budget.placement)
+    weights = footprint.weights_bytes(work.need.shape)
+    return "ddp" if 2 * weights * budget.processes <= allowed else "fsdp"
+
+
+def _shared(work: Work, kind: str, processes: int) -> Work:
+    """The work of one process: of what is shared it holds a part, though a layer is whole for a moment."""
+    if kind != "fsdp":
+        return work
+    held = math.ceil(work.need.shape.parameters / processes)
+    return replace(work, need=replace(work.need, shape=replace(work.need.shape, parameters=held)))
+
+
+def _even(work: Work, processes: int) -> int:
+    """Micro-batches small enough that every process has one in a usual step."""
+    if processes == 1:
+        return MICRO_TOKENS
+    usual = math.ceil(sum(at.tokens for at in work.need.layouts(MICRO_TOKENS)) / work.steps / processes)
+    return max(work.need.longest, min(MICRO_TOKENS, usual))
 
 
 def _encoded(split: str, longest: int, inputs: Inputs, tokenizer: Any) -> list[Encoded]:
@@ -135,129 +166,176 @@ def _encoded(split: str, longest: int, inputs: Inputs, tokenizer: Any) -> list[E
     return rows
 
 
-def _steps(work: Work) -> list[list[Encoded]]:
-    loader = work.loader
-    return [
-        [loader.rows[row] for row in batch.rows_of(loader.ids, loader.batch, loader.seed, step)]
-        for step in range(1, work.steps + 1)
-    ]
-
-
-def _even(work: Work, processes: int) -> int:
-    """Micro-batches small enough that every process has one in a usual step."""
-    steps = _steps(work)
-    usual = math.ceil(sum(sum(batch.sizes(step, MICRO_TOKENS)) for step in steps) / len(steps) / processes)
-    return min(MICRO_TOKENS, usual)
-
-
-def _placement(budget: Any, work: Work, allowed: int) -> str:
-    """A copy of the model in each process, unless that takes more than half of what each may use."""
-    if budget.placement != "auto" or budget.processes == 1:
-        return "one" if budget.processes == 1 else str(budget.placement)
-    weights = work.shape.parameters * work.shape.weight_bytes
-    return "ddp" if 2 * weights * budget.processes <= allowed else "fsdp"
-
-
-def _fit(work: Work, allowed: int, among: tuple[str, int]) -> tuple[int, int, memory.Forecast]:
-    """The token budget of a micro-batch within the memory allowed, the largest that comes, its forecast.
-
-    `among`: the placement and its processes. What is shared among them is forecast as a share of the weights,
-    though a layer is whole for a moment and layers are not fused.
-    """
-    kind, processes = among
-    held = math.ceil(work.shape.parameters / (processes if kind == "fsdp" else 1))
-    shape = replace(work.shape, parameters=held)
-    steps = _steps(work)
-    longest = max(len(row.ids) for step in steps for row in step)
-
-    def largest(budget: int) -> int:
-        return max(size for step in steps for size in batch.sizes(step, budget))
-
-    def forecast(tokens: int) -> memory.Forecast:
-        sizes = (tokens, min(longest, tokens))
-        each = memory.forecast(shape, work.trainable, sizes, min(head.TILE, tokens))
-        return memory.Forecast(**{name: processes * size for name, size in asdict(each).items()})
-
-    budget = MICRO_TOKENS if processes == 1 else max(longest, _even(work, processes))
-    while True:
-        tokens = largest(budget)
-        predicted = forecast(tokens)
-        if predicted.total <= allowed:
-            return budget, tokens, predicted
-        if budget <= longest:
-            raise _too_big(work, allowed, forecast)
-        budget = max(longest, budget // 2)
-
-
-def _too_big(work: Work, allowed: int, forecast: Any) -> PlanError:
-    longest = max(len(row.ids) for row in work.loader.rows.values())
-    need, floor = forecast(longest).total, forecast(8).total
-    per_token = (need - floor) / max(1, longest - 8)
-    fitting = 8 + int((allowed - floor) / per_token) if per_token > 0 and allowed > floor else 0
-    shorter = f"; or rows of at most {fitting} tokens" if fitting >= 8 else ""
+def _too_big(work: Work, phase: Any, allowed: float, kinds: Sequence[Checkpointing]) -> PlanError:
+    """Each thing that would make it fit, alone; every one was forecast to fit before it is said."""
+    need = replace(work.need, how=replace(work.need.how, checkpointing=kinds[-1]))
+    least = need.forecast(need.longest).total
+    offers = [f"plan.memory_gb: {math.ceil(least / 1e8) / 10}"]
+    for kind in Checkpointing:
+        other = replace(need, how=replace(need.how, checkpointing=kind))
+        if kind not in kinds and other.forecast(need.longest).total <= allowed:
+            offers.append(f"plan.checkpointing: {kind.value}")
+            break
+    if length := fit.shorter(need, allowed):
+        longer = sum(len(row.ids) > length for row in work.loader.rows.values())
+        offers.append(f"plan.max_length: {length} ({longer} of {len(work.loader.rows)} rows are longer)")
+    if rank := _smaller_rank(need, phase, allowed):
+        offers.append(f"train.0.method.r: {rank}")
+    if smaller := fit.fewer_layers(need, allowed):
+        offers.append(f"a base of {smaller.parameters / 1e6:,.0f} million parameters")
+    offers += [f"plan.device: {name}" for name in roomy(work)[:1]]
     return PlanError(
-        f"training needs about {need / 1e9:.2f} GB even with one row of {longest} tokens at a time; "
+        f"training needs about {least / 1e9:.2f} GB even with one row of {need.longest} tokens at a time; "
         f"{allowed / 1e9:.2f} GB are allowed",
         where="plan.memory_gb",
-        hint=f"plan.memory_gb: {math.ceil(need / 1e8) / 10} would fit{shorter}; or a smaller base model",
+        hint=f"any one of these would fit: {'; '.join(offers)}",
     )
 
 
-def _pace(
-    phase: Any, inputs: Inputs, work: Work, numerics: tuple[str, bool]
-) -> tuple[tuple[float, float], float]:
-    """(tokens/s of training, tokens/s of validation) on the real model, and how far packing is from plain."""
-    dtype, compiled = numerics
-    formulas = native.kernels(compiled)
-    memory.hold()
+def _smaller_rank(need: fit.Work, phase: Any, allowed: float) -> int | None:
+    """The largest smaller rank of the same method that would fit."""
+    rank = getattr(phase.method.params, "r", 1)
+
+    def fits(less: int) -> bool:
+        stacks = tuple(
+            replace(stack, ranks=tuple(each * less // rank for each in stack.ranks))
+            for stack in need.shape.stacks
+        )
+        shape = replace(need.shape, stacks=stacks, trainable=need.shape.trainable * less // rank)
+        return replace(need, shape=shape).forecast(need.longest).total <= allowed
+
+    return fit.most(fits, 1, rank - 1)
+
+
+def _refuse_if_slow(budget: Any, work: Work, minutes: float) -> None:
+    if budget.minutes is None or minutes <= budget.minutes:
+        return
+    raise PlanError(
+        f"training would take about {minutes:.1f} minutes; the budget is {budget.minutes:g}",
+        where="plan.minutes",
+        hint=f"steps: {max(1, int(work.steps * budget.minutes / minutes))} would fit, "
+        f"or plan.minutes: {math.ceil(minutes)}",
+    )
+
+
+def _cost(budget: Any, device: Device | None, minutes: float) -> dict[str, float]:
+    """Energy where the draw is known, money where a price is."""
+    watts = budget.watts or (device.watts if device else None)
+    energy_kwh = None if watts is None else watts * minutes / 60 / 1000
+    found = {} if energy_kwh is None else {"energy_kwh": round(energy_kwh, 9)}
+    if budget.price_per_hour is not None or (budget.price_per_kwh is not None and energy_kwh is not None):
+        power = (energy_kwh or 0.0) * (budget.price_per_kwh or 0.0)
+        money = (budget.price_per_hour or 0.0) * minutes / 60 + power
+        found["money"] = round(money, 9)
+    return found
+
+
+def _operations(work: Work, chosen: fit.Choice) -> dict[str, int]:
+    shape = work.need.shape
+    return flops.summed(flops.training(shape, at, chosen.checkpointing) for at in chosen.layouts).as_dict()
+
+
+def _timed(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> dict[str, Any]:
+    """Minutes on this machine, from a few real micro-batches, and how far packing is from plain."""
+    inputs.tell(Event("plan", "timing a few real micro-batches"))
+    shape, kind = work.need.shape, chosen.checkpointing
+    held_out = layout.step(work.need.validation, chosen.micro_tokens)
+    training = [flops.training(shape, at, kind).total for at in chosen.layouts]
+    validation = [flops.validation(shape, at).total for at in held_out]
+    timed, looked, gap = _probe(phase, inputs, work, chosen)
+    memory.release()
+    descent, look = pace.fit(timed), pace.fit(looked)
+    seconds = descent.seconds(training) + looks(work, phase) * look.seconds(validation)
+    return {
+        "minutes": seconds / 60,
+        "packing_gap": gap,
+        "pace": {
+            "micro_batch_s": round(descent.call_s, 5),
+            "operations_per_s": round(1 / descent.operation_s),
+        },
+        "timed": [{"operations": count, "seconds": round(each, 5)} for count, each in timed],
+    }
+
+
+Timed = Sequence[tuple[float, float]]  # (operations, seconds)
+
+
+def _probe(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> tuple[Timed, Timed, float]:
+    """Times of training and of validation on the real model, and how far packing is from plain."""
+    shape, need = work.need.shape, work.need
+    dtype = "bfloat16" if shape.weight_bytes == 2 else "float32"
     model = bases.load(inputs.artefacts["model"] / "base", dtype)
-    first = _steps(replace(work, steps=1))[0]
+    first = need.steps[0]
     gap = bases.prove(model, sorted(first, key=lambda row: len(row.ids))[:: max(1, len(first) - 1)][:2])
     model = phase.method.module.attach(model, phase.method.params, inputs.seed)
-    fused.fuse(model, formulas)
-    micros = work.loader(1)
+    formulas = native.kernels(need.how.compiled)
+    memory.hold()
+    fused.fuse(model, formulas, chosen.checkpointing.value)
+    micros = _few([rows for step in need.steps[:TIMED] for rows in _members(step, chosen.micro_tokens)])
+    made = [(batch.collate(rows), layout.of(rows)) for rows in micros]
     params = phase.objective.params
 
     def descend(micro: Batch) -> None:
-        loss = phase.objective.module.loss(
-            head.batch_logps(model, micro, head.TILE, formulas), None, micro, params
-        )
-        loss.total.backward()
+        logp_N = head.batch_logps(model, micro, head.TILE, formulas)
+        phase.objective.module.loss(logp_N, None, micro, params).total.backward()
 
     model.train()
-    descend(micros[-1])  # warms caches up and makes the gradients' memory; the smallest micro-batch will do
-    train = _rate(micros[:2], descend)
+    descend(made[0][0])  # warms caches up and makes the gradients' memory; the smallest will do
+    timed = [
+        (flops.training(shape, at, chosen.checkpointing).total, _seconds(descend, micro))
+        for micro, at in made
+    ]
     model.eval()
     with torch.no_grad():
-        validate = _rate(micros[:1], lambda micro: head.batch_logps(model, micro, head.TILE, formulas))
-    return (train, validate), gap
+        micro, at = made[len(made) // 2]
+        looked = _seconds(lambda micro: head.batch_logps(model, micro, head.TILE, formulas), micro)
+    return timed, [(flops.validation(shape, at).total, looked)], gap
 
 
-def _rate(micros: Sequence[Batch], work: Any) -> float:
+def _members(rows: Sequence[Encoded], budget: int) -> list[list[Encoded]]:
+    return [[rows[row] for row in members] for members in batch.bins(rows, budget)]
+
+
+def _few(micros: Sequence[list[Encoded]]) -> list[list[Encoded]]:
+    """The smallest, the middle and the largest, of those with something to learn."""
+    learnt = [rows for rows in micros if any(any(row.mask[1:]) for row in rows)] or list(micros)
+    ordered = sorted(learnt, key=lambda rows: sum(len(row.ids) for row in rows))
+    return [ordered[at] for at in sorted({0, len(ordered) // 2, len(ordered) - 1})]
+
+
+def _seconds(work: Any, micro: Batch) -> float:
     began = time.perf_counter()
-    for micro in micros:
-        work(micro)
-    return sum(len(micro.ids_T) for micro in micros) / (time.perf_counter() - began)
+    work(micro)
+    return time.perf_counter() - began
 
 
-def _minutes(phase: Any, work: Work, computed: int, pace: tuple[float, float]) -> float:
-    looks = (1 + math.ceil(work.steps / phase.validation.every)) if work.validation else 0
-    looked_at = looks * sum(batch.sizes(work.validation, work.loader.micro_tokens))
-    return (computed / pace[0] + looked_at / pace[1]) / 60
+def _warnings(phase: Any, work: Work) -> list[str]:
+    """What is allowed and yet unusual."""
+    shape = work.need.shape
+    share = shape.trainable / (shape.parameters + shape.trainable)
+    low, high = getattr(phase.method.module, "USUAL_SHARE", (0.0, 1.0))
+    if low <= share <= high:
+        return []
+    usual = f"{100 * low:g} to {100 * high:g} %"
+    return [f"{100 * share:.2g} % of the weights train; usual for {phase.method.name} is {usual}"]
 
 
-def _decisions(phase: Any, work: Work, tokens: int) -> dict[str, Any]:
-    rows = work.loader.rows.values()
+def _decisions(phase: Any, work: Work, chosen: fit.Choice) -> dict[str, Any]:
+    rows, shape = work.loader.rows.values(), work.need.shape
     return {
         "steps": work.steps,
         "batch": phase.batch,
         "epochs": round(work.steps * phase.batch / len(rows), 4),
-        "tokens": tokens,
-        "loss_tokens": sum(sum(row.mask[1:]) for step in _steps(work) for row in step),
+        "tokens": work.tokens,
+        "computed_tokens": sum(at.tokens for at in chosen.layouts),
+        "loss_tokens": sum(at.loss_tokens for at in chosen.layouts),
         "tokens_per_epoch": sum(len(row.ids) for row in rows),
         "longest_row": max(len(row.ids) for row in rows),
-        "validation_rows": len(work.validation),
-        "trainable_parameters": work.trainable,
-        "trainable_share": round(work.trainable / (work.shape.parameters + work.trainable), 6),
-        "checkpointing": False,
+        "validation_rows": len(work.need.validation),
+        "trainable_parameters": shape.trainable,
+        "trainable_share": round(shape.trainable / (shape.parameters + shape.trainable), 6),
+        "micro_tokens": chosen.micro_tokens,
+        "largest_micro_batch": max(at.tokens for at in chosen.layouts),
+        "micro_batches": len(chosen.layouts),
+        "checkpointing": chosen.checkpointing.value,
     }

@@ -38,6 +38,11 @@ RANK = "luthier.stages._rank"  # what each of several processes runs
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
+    if plan["device"]:
+        raise TrainError(
+            f"the plan is for {plan['device']}, which is not here", where="plan.device",
+            hint="leave plan.device out to train on this machine",
+        )  # fmt: skip
     if plan["processes"] == 1:
         return carry_out(section, inputs, out, placement.alone())
     phase = section[0].model_dump(mode="json", by_alias=True)
@@ -88,7 +93,7 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
     here = place.device == placement.CPU
     formulas = native.kernels(plan["compiled"] and here)
     if here and not place.in_step:  # fused layers hold on to whole weights
-        fused.fuse(model, formulas)
+        fused.fuse(model, formulas, plan["checkpointing"])
     place.settle(model)
     settings = loop.Settings(
         steps=plan["steps"], lr=phase.lr, seed=inputs.seed, warmup=phase.warmup, schedule=phase.schedule,
@@ -110,6 +115,7 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
         held_out=batch.micro_batches(_encode(tokenizer, [held_out[row] for row in looked]), micro_tokens),
         objective=_interruptible(objective, stopping if place.in_step else inputs.stopping),
         settings=settings,
+        tokens=plan["computed_tokens"],
         phase=phase,
         place=place,
         folder=inputs.scratch / "checkpoints",

@@ -1,0 +1,329 @@
+"""How far the plan is from what comes: peak memory and time, over configurations it was not fitted to.
+
+    python bench/plan_accuracy.py RESULT.json [--set held-out|fitting] [--only NAME,…] [--guard HOME]
+
+Every configuration is a random-weight model, rows of random words and a recipe, taken through data, model,
+plan and train in a fresh process; `--guard HOME` adds `examples/guard.yaml`'s real base, in that home. Peaks
+are the kernel's (`VmHWM`) of the train stage. The result is written after every run, and what is in it
+already is not run again. `FITTING` holds the configurations that the constants of `engine/footprint.py`
+were set on; `HELD_OUT` shares none of them.
+
+Times mean something on a quiet machine alone; memory does not care.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LIMIT_S = 1800
+SPLITS = ("train", "validation", "test")
+SEEN = 20  # steps after which the time left is predicted again
+
+
+@dataclass(frozen=True)
+class Config:
+    """`lengths`: the fewest and the most bytes of a user's message, each a token; `answer`: of its answer."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocabulary: int
+    lengths: tuple[int, int]
+    batch: int
+    steps: int
+    r: int = 16
+    dtype: str = "bfloat16"
+    answer: int = 4
+    targets: str | tuple[str, ...] = "all-linear"
+    family: str = "llama"
+    checkpointing: str | None = None
+    system: str | None = None
+
+
+FITTING = (
+    Config("fit-guard", 30, 576, 9, 3, 1536, 49152, (20, 120), 16, 24),
+    Config("fit-chat", 30, 576, 9, 3, 1536, 49152, (100, 500), 6, 22),
+    Config("fit-wide", 6, 1024, 16, 4, 4096, 32000, (300, 900), 2, 22),
+    Config("fit-float", 12, 512, 8, 8, 1408, 32000, (60, 250), 8, 24, dtype="float32"),
+    Config("fit-rank", 24, 320, 5, 5, 960, 16384, (30, 200), 8, 24, r=64),
+    Config("fit-long", 12, 512, 8, 2, 1408, 32000, (900, 1500), 2, 22, answer=200),
+    Config("fit-head", 8, 512, 8, 2, 1408, 151936, (50, 200), 8, 24, answer=60),
+    Config("fit-tiny", 4, 128, 4, 2, 384, 4096, (20, 200), 8, 40),
+)
+HELD_OUT = (
+    Config("smol-short", 30, 576, 9, 3, 1536, 49152, (30, 90), 12, 32, r=8),
+    Config("smol-middle", 30, 576, 9, 3, 1536, 49152, (150, 350), 5, 28, answer=40),
+    Config("smol-long", 30, 576, 9, 3, 1536, 49152, (500, 1000), 2, 26, r=32),
+    Config("smol-qv", 30, 576, 9, 3, 1536, 49152, (40, 200), 8, 28, targets=("q_proj", "v_proj")),
+    Config("smol-float", 30, 576, 9, 3, 1536, 49152, (40, 140), 8, 26, dtype="float32"),
+    Config("deep-narrow", 40, 256, 4, 2, 704, 8192, (50, 300), 8, 40),
+    Config("shallow-wide", 4, 1280, 20, 5, 5120, 32000, (100, 600), 4, 30, r=4),
+    Config("qwen-like", 14, 448, 7, 1, 2432, 151936, (60, 260), 6, 30),
+    Config("qwen-norms", 16, 512, 8, 4, 1536, 65536, (80, 400), 6, 30, family="qwen3"),
+    Config("long-rows", 10, 448, 7, 7, 1216, 32000, (1200, 1900), 1, 26, answer=100),
+    Config("very-long", 8, 384, 6, 2, 1024, 32000, (2200, 3000), 1, 24),
+    Config("much-learnt", 16, 384, 6, 3, 1024, 49152, (50, 150), 6, 40, answer=250),
+    Config("high-rank", 12, 640, 10, 5, 1728, 32000, (60, 300), 6, 30, r=128),
+    Config("float-long", 8, 640, 10, 2, 1728, 24000, (400, 800), 2, 26, dtype="float32", r=8),
+    Config("shared-start", 16, 448, 7, 7, 1216, 32000, (20, 120), 16, 30, system="Answer at once. " * 12),
+    Config("mini", 6, 192, 3, 3, 512, 8192, (20, 120), 8, 60),
+    Config(
+        "mlp-only",
+        16,
+        512,
+        8,
+        8,
+        1408,
+        32000,
+        (50, 250),
+        8,
+        30,
+        targets=("gate_proj", "up_proj", "down_proj"),
+    ),
+    Config("smol-selective", 30, 576, 9, 3, 1536, 49152, (100, 400), 4, 24, checkpointing="selective"),
+    Config("smol-full", 30, 576, 9, 3, 1536, 49152, (100, 400), 4, 24, checkpointing="full"),
+    Config("wide-full", 8, 960, 15, 5, 3072, 32000, (200, 700), 3, 26, checkpointing="full"),
+)
+SETS = {"held-out": HELD_OUT, "fitting": FITTING}
+GUARDS = {
+    "guard-8": {"train.0.steps": 30, "train.0.method.r": 8},
+    "guard-20": {"train.0.steps": 24, "train.0.batch": 20},
+}
+
+
+def main() -> None:
+    asked = arguments()
+    done = json.loads(asked.result.read_text("utf-8")) if asked.result.exists() else {"runs": []}
+    known = {run["name"] for run in done["runs"]}
+    names = [config.name for config in SETS[asked.set]]
+    names += list(GUARDS) if asked.guard and asked.set == "held-out" else []
+    for name in names:
+        if name in known or (asked.only and name not in asked.only.split(",")):
+            continue
+        run = once(name, asked)
+        done["runs"].append({"name": name, **run})
+        done |= {"set": asked.set, "threads": asked.threads, "summary": summary(done["runs"])}
+        asked.result.parent.mkdir(parents=True, exist_ok=True)
+        asked.result.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
+        print(line({"name": name, **run}), flush=True)
+    print("\n".join(line(run) for run in done["runs"]))
+    print(json.dumps(summary(done["runs"]), indent=1))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--set", default="held-out", choices=sorted(SETS))
+    parser.add_argument("--only", help="these names, with commas")
+    parser.add_argument("--guard", help="a home in which examples/guard.yaml can run")
+    parser.add_argument("--steps", type=int, default=10**6, help="at most so many (memory needs few)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    found = parser.parse_args()
+    if found.inside:
+        inside(found)
+        sys.exit(0)
+    return found
+
+
+def once(name: str, asked: argparse.Namespace) -> dict[str, Any]:
+    """One configuration in a process of its own; a failure is a result too."""
+    command = [sys.executable, __file__, str(asked.result), "--inside", name, "--threads", str(asked.threads)]
+    command += ["--steps", str(asked.steps)]
+    command += ["--guard", asked.guard] if asked.guard else []
+    load = os.getloadavg()[0]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if made.returncode:
+        return {"failed": made.stderr[-1500:], "load_before": load}
+    return {**json.loads(made.stdout.splitlines()[-1]), "load_before": round(load, 2)}
+
+
+def inside(asked: argparse.Namespace) -> None:
+    """In the fresh process: the recipe through its train stage; what was said, and what came, to stdout."""
+    import luthier
+
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        place = Path(folder)
+        if asked.inside in GUARDS:
+            recipe, home = ROOT / "examples" / "guard.yaml", asked.guard
+            wishes = GUARDS[asked.inside] | {"plan.threads": asked.threads}
+            about: dict[str, Any] = dict(wishes)
+        else:
+            config = next(each for each in (*HELD_OUT, *FITTING) if each.name == asked.inside)
+            config = replace(config, steps=min(config.steps, asked.steps))
+            recipe, home, wishes = write(config, place, asked.threads), str(place / "home"), {}
+            about = asdict(config)
+        began = time.monotonic()
+        done = luthier.run(
+            recipe, home=home, until="train", set=[f"{path}={value}" for path, value in wishes.items()]
+        )
+        stages = {record.stage: record for record in done.stages}
+        observed = Path(home) / "artifacts" / stages["train"].digest / "observed"
+        steps = [json.loads(text) for text in (observed / "timings.jsonl").read_text().splitlines()]
+        curve = (observed.parent / "curve.jsonl").read_text().splitlines()
+        tokens = [json.loads(text)["computed_tokens"] for text in curve]
+        print(
+            json.dumps(
+                measured(about, stages, steps, tokens) | {"wall_s": round(time.monotonic() - began, 1)}
+            )
+        )
+
+
+def measured(
+    about: dict[str, Any], stages: dict[str, Any], steps: list[Any], tokens: list[int]
+) -> dict[str, Any]:
+    from luthier.engine import pace
+
+    plan, train = stages["plan"].facts, stages["train"].facts
+    timed = [(count, step["seconds"]) for count, step in zip(tokens, steps, strict=True)]
+    found = {
+        "config": about,
+        "parameters": round(plan["trainable_parameters"] * (1 / plan["trainable_share"] - 1)),
+        "largest_micro_batch": plan["largest_micro_batch"],
+        "checkpointing": plan["checkpointing"],
+        "compiled": plan["compiled"],
+        "predicted_bytes": plan["bytes"],
+        "peak_bytes": train["peak_rss_bytes"],
+        "peak_error": round(plan["bytes"]["total"] / train["peak_rss_bytes"] - 1, 4),
+        "rss_bytes": [step["rss_bytes"] for step in steps],
+        "predicted_s": round(60 * plan["minutes"], 2),
+        "train_s": train["train_seconds"],
+        "time_error": round(60 * plan["minutes"] / train["train_seconds"] - 1, 4),
+    }
+    if len(timed) > SEEN + 3:
+        left = sum(seconds for _, seconds in timed[SEEN:])
+        said = pace.left_s(timed[:SEEN], sum(count for count, _ in timed[SEEN:]))
+        found |= {"left_s": round(left, 2), "left_error": round(said / left - 1, 4)}
+    return found
+
+
+def write(config: Config, place: Path, threads: int) -> Path:
+    """A base, rows and a recipe."""
+    model(config, place / "base")
+    draw = random.Random(7)
+    total = max(16, min(2000, config.batch * config.steps))
+    for split, count in (("train", total), ("validation", 8), ("test", 4)):
+        with (place / f"{split}.jsonl").open("w") as file:
+            for _ in range(count):
+                text = "".join(draw.choices("abcdefghij ", k=draw.randint(*config.lengths)))
+                answer = "".join(draw.choices("abcdefghij", k=config.answer))
+                file.write(json.dumps({"prompt": text, "completion": answer}) + "\n")
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    recipe = {
+        "luthier": 1,
+        "name": "accuracy",
+        "data": {
+            "sources": [
+                {
+                    "from": {"name": "files", "files": {split: f"{split}.jsonl" for split in SPLITS}},
+                    "licence": "CC0-1.0", "purpose": "measure the plan",
+                    "chat": {"system": config.system},
+                }
+            ],
+        },
+        "model": {
+            "from": {"name": "files", "files": {"model": "base"}},
+            "licence": "CC0-1.0", "dtype": config.dtype,
+        },
+        "plan": {"max_length": 4096, "threads": threads, "checkpointing": config.checkpointing},
+        "train": [
+            {
+                "method": {"name": "lora", "r": config.r, "alpha": 16, "targets": targets},
+                "steps": config.steps, "batch": config.batch, "lr": 1e-4,
+                "validation": {"every": 1000, "rows": 8},
+            }
+        ],
+        "release": {"gates": [{"name": "floor", "minimum": 0}], "intended_use": "none", "limits": "none"},
+    }  # fmt: skip
+    path = place / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), "utf-8")
+    return path
+
+
+def model(config: Config, folder: Path) -> None:
+    """A random model with a byte-level tokenizer: a real folder, as a downloaded one is. In a child process,
+    so that what it took does not count."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import plan_accuracy as own; own._model(*sys.argv[2:])"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), config.name, str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def _model(name: str, folder: str) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+    config = next(each for each in (*HELD_OUT, *FITTING) if each.name == name)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate([*SPECIAL, *alphabet])}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|im_end|>",
+        unk_token="<|endoftext|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    tokenizer.chat_template = CHATML
+    tokenizer.model_max_length = 8192
+    torch.manual_seed(0)
+    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[config.family]
+    made = kind(
+        vocab_size=config.vocabulary, hidden_size=config.width, intermediate_size=config.inner,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads, head_dim=config.width // config.heads,
+        max_position_embeddings=8192, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(made, dtype=getattr(torch, config.dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    good = [run for run in runs if "failed" not in run]
+    found: dict[str, Any] = {"runs": len(good), "failed": len(runs) - len(good)}
+    for kind in ("peak_error", "time_error", "left_error"):
+        errors = [run[kind] for run in good if kind in run]
+        if errors:
+            sizes = sorted(abs(error) for error in errors)
+            found[kind] = {"median": median(sizes), "worst": sizes[-1], "most_under": min(0.0, *errors)}
+    return found
+
+
+def line(run: dict[str, Any]) -> str:
+    if "failed" in run:
+        return f"{run['name']:16} failed: {run['failed'].strip().splitlines()[-1:]}"
+    left = f"{run['left_error']:+7.1%}" if "left_error" in run else ""
+    return (
+        f"{run['name']:16} {run['parameters'] / 1e6:6.1f}M {run['largest_micro_batch']:5} tokens  "
+        f"peak {run['predicted_bytes']['total'] / 1e9:5.2f} GB for {run['peak_bytes'] / 1e9:5.2f} "
+        f"({run['peak_error']:+6.1%})  time {run['predicted_s']:6.1f} s for {run['train_s']:6.1f} "
+        f"({run['time_error']:+7.1%}) {left}"
+    )
+
+
+if __name__ == "__main__":
+    main()

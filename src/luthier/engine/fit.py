@@ -1,0 +1,118 @@
+"""The way of training that fits into so much memory, and what to change where none does.
+
+Order of choice: keep everything; smaller micro-batches, down to the longest row alone; then compute the
+MLP's wide product again; then whole layers. Each is judged by the forecast over the micro-batches that will
+really come. What is offered where nothing fits is one change each, and was forecast to fit first.
+
+It does not know how long anything takes, nor recipes: changes are named by what they change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from luthier.engine import footprint, layout
+from luthier.engine.footprint import Checkpointing, Forecast, How, Shape
+from luthier.engine.layout import Layout
+from luthier.template import Encoded
+
+Steps = tuple[tuple[Encoded, ...], ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What memory depends on. `row_tokens`: of all rows that the process holds."""
+
+    shape: Shape
+    steps: Steps
+    validation: tuple[Encoded, ...]
+    how: How
+    row_tokens: int
+    known: dict[int, tuple[Layout, ...]] = field(default_factory=dict, compare=False)
+
+    @property
+    def longest(self) -> int:
+        return max(len(row.ids) for step in self.steps for row in step)
+
+    def layouts(self, budget: int) -> tuple[Layout, ...]:
+        if budget not in self.known:
+            self.known[budget] = tuple(at for rows in self.steps for at in layout.step(rows, budget))
+        return self.known[budget]
+
+    def forecast(self, budget: int) -> Forecast:
+        return footprint.forecast(self.shape, self.layouts(budget), self.how, self.row_tokens)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`micro_tokens`: the token budget of a micro-batch."""
+
+    micro_tokens: int
+    checkpointing: Checkpointing
+    forecast: Forecast
+    layouts: tuple[Layout, ...]
+
+
+def choose(work: Work, allowed: float, budget: int, kinds: Sequence[Checkpointing]) -> Choice | None:
+    """The first that fits `allowed` bytes, or None. `budget`: beyond so many tokens nothing gets faster."""
+    for kind in kinds:
+        now = replace(work, how=replace(work.how, checkpointing=kind))
+        for tokens in budgets(budget, work.longest):
+            found = now.forecast(tokens)
+            if found.total <= allowed:
+                return Choice(tokens, kind, found, now.layouts(tokens))
+    return None
+
+
+def budgets(most: int, longest: int) -> Iterator[int]:
+    """Ever fewer tokens, down to the longest row alone."""
+    tokens = most
+    while tokens > longest:
+        yield tokens
+        tokens //= 2
+    yield longest
+
+
+def least(work: Work, kinds: Sequence[Checkpointing]) -> Forecast:
+    """What the longest row alone takes, computing again as much as is allowed."""
+    now = replace(work, how=replace(work.how, checkpointing=kinds[-1]))
+    return now.forecast(work.longest)
+
+
+def shorter(work: Work, allowed: float) -> int | None:
+    """The longest rows that would fit, each cut there, if any of eight tokens or more do."""
+
+    def fits(length: int) -> bool:
+        cut = tuple(
+            tuple(Encoded(row.ids[:length], row.mask[:length], row.id) for row in step) for step in work.steps
+        )
+        at = [layout.of([row]) for step in cut for row in step]
+        return footprint.forecast(work.shape, at, work.how, work.row_tokens).total <= allowed
+
+    return most(fits, 8, work.longest - 1)
+
+
+def fewer_layers(work: Work, allowed: float) -> Shape | None:
+    """A smaller base of the same kind: the most layers of this width that would fit."""
+
+    def shape(layers: int) -> Shape:
+        return footprint.smaller(work.shape, layers)
+
+    found = most(
+        lambda layers: replace(work, shape=shape(layers)).forecast(work.longest).total <= allowed,
+        1,
+        work.shape.layers - 1,
+    )
+    return None if found is None else shape(found)
+
+
+def most(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest number that fits, where all smaller ones do too."""
+    if high < low or not fits(low):
+        return None
+    while low < high:
+        middle = math.ceil((low + high) / 2)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

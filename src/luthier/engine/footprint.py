@@ -1,0 +1,298 @@
+"""How many bytes training takes, by kind, before it takes them.
+
+Sources: the shapes in the model's configuration; what `engine.fused`, `engine.attention` and `engine.head`
+keep from the forward to the backward pass, tensor by tensor, for the micro-batches that will really come
+(`engine.layout`); Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980); bits per parameter as in the table
+that QLoRA's authors drew up (Dettmers et al. 2023, arXiv 2305.14314), double quantisation included.
+
+Four numbers are measured, not derived, on a machine with glibc, and hold for its CPU runs: what the process
+takes before any weight, what one compiled product of the matrix library takes, how much freed memory cannot
+be used again while batches change their size, and slack (docs/LOG.md has the runs they were fitted on).
+
+It does not know experts, optimisers that are sharded, or weights that train in the base itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from luthier.engine.fused import SIBLINGS
+from luthier.engine.head import TILE
+from luthier.engine.layout import Layout
+
+FLOAT32 = 4
+RUN = {"q_proj": 0, "qkv_proj": 0, "o_proj": 1, "gate_proj": 2, "gate_up_proj": 2, "down_proj": 3}
+PROCESS_BYTES = 500_000_000  # Python with torch, transformers and PEFT loaded, before any weight
+PRODUCT_BYTES = 1_500_000  # one compiled product of the matrix library for one shape, 16 bit only
+PRODUCTS, PRODUCTS_A_SIZE = 128, 38  # how many are kept; how many one new micro-batch size makes
+FRAGMENTATION = 0.15  # of the activations: freed pieces that fit nothing
+SLACK = 0.02  # of everything else: allocator rounding, thread buffers
+ROW_TOKEN_BYTES = 45  # a row's token and its mask, as Python keeps them
+
+
+class Checkpointing(StrEnum):
+    """What is not kept for the way back but computed again."""
+
+    NONE = "none"
+    SELECTIVE = "selective"  # the MLP's gate and up product
+    FULL = "full"  # all but each layer's input
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Linear layers of one decoder layer that read the same input, and the ranks of their adapters."""
+
+    inputs: int
+    outputs: int
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return sum(self.ranks)
+
+    @property
+    def low(self) -> int:
+        """Numbers in the stacked A's and the block diagonal of B's."""
+        return self.rank * (self.inputs + self.outputs)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a decoder that memory and operations depend on.
+
+    stacks:   of one layer, in the order they run: queries to values, attention's output, gate and up, down.
+    mapped:   weights are read where the file lies in memory; stacked ones exist a second time.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    inner: int
+    vocabulary: int
+    parameters: int
+    trainable: int
+    weight_bytes: int
+    stacks: tuple[Stack, ...]
+    qk_norm: bool = False
+    mapped: bool = False
+
+    @property
+    def queries(self) -> int:
+        return self.heads * self.head_width
+
+    @property
+    def keys(self) -> int:
+        return self.kv_heads * self.head_width
+
+    @property
+    def blocks(self) -> int:
+        """Weights of the layers' products."""
+        return self.layers * sum(stack.inputs * stack.outputs for stack in self.stacks)
+
+
+def shape(outline: Any, ranks: Mapping[str, int], weight_bytes: int, mapped: bool = False) -> Shape:
+    """The shape of a model without weights; `ranks`: of each linear layer with an adapter, by name."""
+    text = outline.config.get_text_config()
+    layers = outline.get_decoder().layers
+    heads = text.num_attention_heads
+    prefix = next(name for name, module in outline.named_modules() if module is layers[0])
+    linears = {
+        name: (part.in_features, part.out_features, ranks.get(f"{prefix}.{name}", 0))
+        for name, part in layers[0].named_modules()
+        if hasattr(part, "in_features") and hasattr(part, "out_features")
+    }
+    adapted = {name: part for name, part in outline.named_modules() if name in ranks}
+    return Shape(
+        layers=text.num_hidden_layers, width=text.hidden_size, heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_width=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        inner=text.intermediate_size, vocabulary=text.vocab_size,
+        parameters=sum(weight.numel() for weight in outline.parameters()),
+        trainable=sum(ranks[name] * (part.in_features + part.out_features) for name, part in adapted.items()),
+        weight_bytes=weight_bytes, stacks=_stacks(linears), mapped=mapped,
+        qk_norm=any(name.endswith("q_norm") for name, _ in layers[0].named_modules()),
+    )  # fmt: skip
+
+
+def _stacks(linears: Mapping[str, tuple[int, int, int]]) -> tuple[Stack, ...]:
+    """Siblings joined, in the order in which they run; others come behind."""
+    found: dict[str, Stack] = {}
+    joined: set[str] = set()
+    for name, (inputs, _, _) in linears.items():
+        leaf = name.rsplit(".", 1)[-1]
+        names = next((group for group in SIBLINGS if leaf in group), (leaf,))
+        if name in joined:
+            continue
+        members = [key for key in linears if key.rsplit(".", 1)[-1] in names]
+        joined.update(members)
+        ranks = tuple(rank for key in members if (rank := linears[key][2]))
+        found[leaf] = Stack(inputs, sum(linears[key][1] for key in members), ranks)
+    return tuple(found[name] for name in sorted(found, key=lambda name: RUN.get(name, len(RUN))))
+
+
+@dataclass(frozen=True)
+class How:
+    """In what way the same numbers are computed.
+
+    products: the matrix library keeps one compiled product for each shape of 16 bit numbers.
+    """
+
+    checkpointing: Checkpointing = Checkpointing.NONE
+    compiled: bool = False
+    tile: int = TILE
+    process_bytes: int = PROCESS_BYTES
+    fragmentation: float = FRAGMENTATION
+    products: bool = True
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted bytes of a training process at its peak, by kind."""
+
+    process: int
+    rows: int
+    weights: int
+    adapters: int
+    gradients: int
+    optimiser: int
+    activations: int
+    head: int
+    checkpoint: int
+    products: int
+    slack: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def as_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+    def bits(self, parameters: int) -> dict[str, float]:
+        """Bits per parameter of the base, of what is there whatever the batch is."""
+        kinds = ("weights", "adapters", "gradients", "optimiser")
+        return {kind: round(8 * getattr(self, kind) / parameters, 3) for kind in kinds}
+
+
+def layer_bytes(shape: Shape, at: Layout, checkpointing: Checkpointing = Checkpointing.NONE) -> int:
+    """What one decoder layer keeps from the forward to the backward pass."""
+    c, d, tokens = shape.weight_bytes, shape.width, at.tokens
+    if checkpointing is Checkpointing.FULL:
+        return c * d * tokens
+    norms = tokens * 2 * (2 * c * d + FLOAT32)  # each: its input, its output, one scale
+    if shape.qk_norm:
+        norms += tokens * (c * (shape.queries + shape.keys) + FLOAT32 * (shape.heads + shape.kv_heads))
+    attention = c * at.places * (shape.queries + 2 * shape.keys) + c * shape.heads * at.kept
+    if at.streamed:
+        attention += at.places * shape.heads * (c * shape.head_width + FLOAT32)
+    out = c * tokens * shape.queries if shape.stacks[1].rank else 0  # the input of attention's last product
+    low = c * sum(stack.low + tokens * stack.rank for stack in shape.stacks)
+    both = 0 if checkpointing is Checkpointing.SELECTIVE else c * tokens * 2 * shape.inner
+    return norms + attention + out + low + both
+
+
+def passing_bytes(shape: Shape, at: Layout, how: How) -> int:
+    """What the last layer's backward pass needs on top, for a moment: in its MLP, or in its attention."""
+    c, tokens = shape.weight_bytes, at.tokens
+    wide = 4 if how.compiled else 7  # (T, F) tensors: that of the hidden layer, its gradient, those between
+    again = 0 if how.checkpointing is Checkpointing.NONE else 2
+    gated = c * tokens * (shape.inner * (wide + again) + 3 * shape.width)
+    pairs, places = at.widest
+    each = 2 * c if how.compiled else 2 * c + 16  # of a pair: its weight, its gradient, float32 between
+    scores = 0 if at.streamed else shape.heads * pairs * each + c * 2 * places * shape.queries
+    sent = c * tokens * (2 * shape.queries + 2 * shape.keys + shape.width)
+    freed = 0 if how.checkpointing is Checkpointing.SELECTIVE else c * tokens * 2 * shape.inner
+    return max(gated, scores + sent - freed)
+
+
+def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
+    """(activations, head) of one micro-batch, when they are most together."""
+    c, d = shape.weight_bytes, shape.width
+    # The first norm keeps nothing, the last one does. Rotary tables are the same for all layers.
+    kept = shape.layers * layer_bytes(shape, at, how.checkpointing) + 2 * c * shape.head_width * at.tokens
+    slope = c * d * at.loss_tokens
+    rows = min(how.tile, at.loss_tokens)
+    each = c if how.compiled else 2 * FLOAT32 + c  # of a logit: compiled, it becomes its gradient in place
+    tile = rows * shape.vocabulary * each * (2 if at.loss_tokens > how.tile else 1)
+    tile += c * d * (at.tokens + at.loss_tokens)
+    passing = passing_bytes(shape, at, how)
+    if how.checkpointing is Checkpointing.FULL:
+        passing += layer_bytes(shape, at)
+    return (kept + passing, slope) if passing >= tile else (kept, tile + slope)
+
+
+def forecast(shape: Shape, layouts: Iterable[Layout], how: How, row_tokens: int = 0) -> Forecast:
+    """The peak of a training process that meets these micro-batches; `row_tokens`: of all rows it holds."""
+    met = set(layouts)
+    activations, head = max((moving_bytes(shape, at, how) for at in met), key=sum)
+    adapters = FLOAT32 * shape.trainable
+    met_sizes = len({at.tokens for at in met})
+    known = {
+        "process": how.process_bytes,
+        "rows": ROW_TOKEN_BYTES * row_tokens,
+        "weights": weights_bytes(shape),
+        "adapters": adapters,
+        "gradients": adapters,
+        "optimiser": 2 * adapters,
+        "activations": round((1 + how.fragmentation) * activations),
+        "head": head,
+        "checkpoint": 4 * adapters if how.products else 0,  # copies of weights and moments, the best weights
+        "products": PRODUCT_BYTES * min(PRODUCTS, PRODUCTS_A_SIZE * met_sizes)
+        if how.products and shape.weight_bytes < FLOAT32 else 0,
+    }  # fmt: skip
+    return Forecast(**known, slack=round(SLACK * sum(known.values())))
+
+
+def weights_bytes(shape: Shape) -> int:
+    """The base as training holds it. A mapped file stays in memory beside what was stacked out of it."""
+    plain = shape.parameters * shape.weight_bytes
+    if not shape.mapped:
+        return plain
+    return plain + shape.layers * shape.weight_bytes * sum(
+        stack.inputs * stack.outputs for stack in shape.stacks[:3:2]
+    )
+
+
+def smaller(shape: Shape, layers: int) -> Shape:
+    """The same model with fewer layers."""
+    share = layers / shape.layers
+    kept = shape.parameters - round(shape.blocks * (1 - share))
+    return replace(shape, layers=layers, parameters=kept, trainable=round(shape.trainable * share))
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits per parameter of the base: how a method's footprint is told in papers."""
+
+    weights: float
+    adapters: float
+    gradients: float
+    optimiser: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapters + self.gradients + self.optimiser
+
+    def total_bytes(self, parameters: float) -> float:
+        return parameters * self.total / 8
+
+
+def bits(weight_bits: float, share: float = 1.0, trained_bits: float = 16, moments_bits: float = 64) -> Bits:
+    """`share` of as many weights as the base has train, each with a gradient and two moments; 1.0: itself."""
+    adapters = 0.0 if share == 1.0 else share * trained_bits
+    return Bits(weight_bits, adapters, share * trained_bits, share * moments_bits)
+
+
+def constants_bits(blocks: Sequence[int], widths: Sequence[int] = (32,)) -> float:
+    """Quantisation constants per weight: one of `widths[0]` bits for every `blocks[0]` weights, and one of
+    `widths[1]` bits for every `blocks[1]` of those, and so on."""
+    per_weight, reach = 0.0, 1
+    for block, width in zip(blocks, widths, strict=True):
+        reach *= block
+        per_weight += width / reach
+    return per_weight

@@ -1,0 +1,117 @@
+"""Bytes by kind come from the shapes and from the micro-batches that will really come."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.engine import batch, documents, fit, footprint, head, layout
+from luthier.engine.footprint import Checkpointing, How, Stack
+from luthier.engine.layout import Layout
+from tests.engine.test_flops import adapted, rows
+from tests.engine.tiny_families import FAMILIES
+
+STACKS = (Stack(64, 128, (4, 4)), Stack(64, 64, (4,)), Stack(64, 256, (4,)), Stack(128, 64))
+SHAPE = footprint.Shape(2, 64, 4, 2, 16, 128, 300, 100_000, 1000, 2, STACKS)
+
+
+def alone(tokens: int) -> Layout:
+    pairs = tokens * tokens
+    return Layout(
+        tokens, 64, tokens, pairs, pairs if tokens <= documents.SHORT else 0, (pairs, tokens), False
+    )
+
+
+def test_a_forecast_is_the_sum_of_its_kinds() -> None:
+    found = footprint.forecast(SHAPE, [alone(100)], How())
+    assert found.total == sum(asdict(found).values()) == found.as_dict()["total"]
+    assert found.weights == 200_000 and found.adapters == 4000 and found.optimiser == 8000
+    assert found.bits(SHAPE.parameters)["weights"] == 16
+
+
+@given(tokens=st.integers(300, 10_000), more=st.integers(1, 1000), trainable=st.integers(1, 10**7))
+def test_more_tokens_layers_or_weights_never_take_less(tokens: int, more: int, trainable: int) -> None:
+    shape = replace(SHAPE, trainable=trainable)
+    least = footprint.forecast(shape, [alone(tokens)], How()).total
+    assert footprint.forecast(shape, [alone(tokens + more)], How()).total > least
+    assert (
+        footprint.forecast(replace(shape, trainable=trainable + more), [alone(tokens)], How()).total > least
+    )
+    assert footprint.forecast(replace(shape, layers=3), [alone(tokens)], How()).total > least
+
+
+def test_computing_more_again_keeps_less() -> None:
+    deep = replace(SHAPE, layers=12)
+    kept = [
+        footprint.forecast(deep, [alone(1000)], How(checkpointing=kind)).activations for kind in Checkpointing
+    ]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3
+
+
+def test_a_mapped_base_counts_what_was_stacked_out_of_it_twice() -> None:
+    mapped = footprint.weights_bytes(replace(SHAPE, mapped=True))
+    assert mapped - footprint.weights_bytes(SHAPE) == 2 * 2 * (64 * 128 + 64 * 256)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_shape_is_read_from_any_family(family: str) -> None:
+    _, shape = adapted(family, "all-linear", 2)
+    assert (shape.layers, shape.width, shape.inner, shape.kv_heads, shape.vocabulary) == (2, 32, 48, 2, 97)
+    wide = shape.queries + 2 * shape.keys
+    assert [stack.outputs for stack in shape.stacks] == [wide, 32, 96, 32]
+    assert shape.blocks == 2 * (32 * wide + shape.queries * 32 + 32 * 96 + 48 * 32)
+
+
+@pytest.mark.parametrize(("lengths", "shared"), [([20, 9, 31], 0), ([40, 37, 50], 32), ([300, 20], 0)])
+def test_a_layout_counts_what_the_real_batch_lays_out(lengths: list[int], shared: int) -> None:
+    given = rows(lengths, shared)
+    micro, at = batch.collate(given), layout.of(given)
+    groups = documents.Documents.of(micro.lengths_S or micro.lengths_D, micro.parents_S).groups
+    assert at.tokens == len(micro.ids_T) and at.loss_tokens == len(micro.targets_N)
+    assert at.places == sum(group.documents * group.length for group in groups)
+    pairs = [
+        group.documents * (last - first) * (group.before + last)
+        for group in groups
+        for first, last in group.blocks
+    ]
+    assert at.pairs == sum(pairs) and at.widest[0] == max(pairs)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+@pytest.mark.parametrize(("lengths", "shared"), [([20, 9, 31], 0), ([40, 37, 50], 32), ([300, 20], 0)])
+def test_what_a_layer_keeps_is_what_autograd_holds(targets: Any, lengths: list[int], shared: int) -> None:
+    model, shape = adapted("llama", targets, 4)
+    given = rows(lengths, shared)
+    inside = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    held: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # no address is used twice
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inside:
+            held[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        head.batch_logps(model, batch.collate(given))
+    at = layout.of(given)
+    activations, ends = footprint.moving_bytes(shape, at, How(tile=0))
+    passing = footprint.passing_bytes(shape, at, How())
+    assert sum(held.values()) == pytest.approx(activations + ends - passing, rel=0.02)
+
+
+def test_the_largest_number_that_fits_is_found() -> None:
+    assert fit.most(lambda n: n <= 37, 1, 100) == 37
+    assert fit.most(lambda n: n <= 370, 1, 100) == 100
+    assert fit.most(lambda n: n > 1000, 1, 100) is None
+
+
+def test_budgets_end_at_the_longest_row_alone() -> None:
+    assert list(fit.budgets(2048, 300)) == [2048, 1024, 512, 300]
+    assert list(fit.budgets(2048, 3000)) == [3000]
