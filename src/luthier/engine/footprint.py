@@ -5,9 +5,10 @@ keep from the forward to the backward pass, tensor by tensor, for the micro-batc
 (`engine.layout`); Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980); bits per parameter as in the table
 that QLoRA's authors drew up (Dettmers et al. 2023, arXiv 2305.14314), double quantisation included.
 
-Four numbers are measured, not derived, on a machine with glibc, and hold for its CPU runs: what the process
-takes before any weight, what one compiled product of the matrix library takes, how much freed memory cannot
-be used again while batches change their size, and slack (docs/LOG.md has the runs they were fitted on).
+Four numbers are not derived, and hold for CPU runs with glibc at best: what the process takes before any
+weight, what one compiled product of the matrix library takes, how much freed memory cannot be used again
+while batches change their size, and slack. They are first estimates: how far off forecasts were with them is
+in docs/LOG.md (2026-11-25), and they have not been fitted since training's formulas are C++.
 
 It does not know experts, optimisers that are sharded, or weights that train in the base itself.
 """
