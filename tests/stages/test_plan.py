@@ -111,14 +111,22 @@ def test_every_offered_change_was_forecast_and_fits(made: Inputs, tmp_path: Path
     assert "plan.device: " in str(caught.value) and "max_length" not in str(caught.value)
     work = plan._work(planning(batch=40), made, ("float32", None))
     need = replace(work.need, shape=replace(work.need.shape, layers=400))
-    kinds = (Checkpointing.NONE,)
+    kinds, others = (Checkpointing.NONE,), (Checkpointing.SELECTIVE, Checkpointing.FULL)
     least = replace(need, how=replace(need.how, checkpointing=kinds[0])).forecast(need.longest).total
-    told = str(plan._too_big(replace(work, need=need), phase(), least * 0.97, kinds))
+    told = str(plan._too_big(replace(work, need=need), phase(), (least * 0.97, 1), (kinds, others)))
     assert "plan.memory_gb: " in told and "plan.checkpointing: " in told
     length = int(told.split("plan.max_length: ")[1].split()[0])
     cut = layout.of([Encoded(row.ids[:length], row.mask[:length], row.id) for row in need.steps[0][:1]])
     assert footprint.forecast(need.shape, [cut], need.how, need.row_tokens).total <= least * 0.97
     assert "million parameters" in told
+
+
+def test_the_memory_offered_is_that_of_all_processes_together(made: Inputs, tmp_path: Path) -> None:
+    shared = {"processes": 2, "placement": "ddp", "memory_gb": 0.1}
+    with pytest.raises(PlanError) as caught:
+        run(made, tmp_path / "refused", planning(shared))
+    offered = float(str(caught.value).split("fit: plan.memory_gb: ")[1].split(";")[0])
+    assert run(made, tmp_path / "taken", planning({**shared, "memory_gb": offered}))["processes"] == 2
 
 
 def test_a_device_of_the_table_is_planned_for_without_being_here(made: Inputs, tmp_path: Path) -> None:
@@ -164,6 +172,13 @@ def test_a_plan_tells_what_devices_of_the_table_would_take(made: Inputs, tmp_pat
 def test_an_unusual_share_of_trained_weights_is_noted(made: Inputs, tmp_path: Path) -> None:
     (note,) = run(made, tmp_path)["warnings"]
     assert "of the weights train; usual for lora is 0.01 to 1 %" in note
+
+
+def test_sharded_layers_compute_nothing_again_and_say_so(made: Inputs, tmp_path: Path) -> None:
+    shared = {"processes": 2, "placement": "fsdp"}
+    assert run(made, tmp_path / "shared", planning(shared))["checkpointing"] == "none"
+    with pytest.raises(PlanError, match="does not go with sharded layers"):
+        run(made, tmp_path / "asked", planning({**shared, "checkpointing": "full"}))
 
 
 def test_what_is_computed_again_can_be_asked_for(made: Inputs, tmp_path: Path) -> None:

@@ -48,10 +48,10 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     processes, kind = budget.processes, _placement(budget, work, allowed)
     work = _shared(work, kind, processes)
     most = DEVICE_TOKENS if device else _even(work, processes)
-    kinds = (Checkpointing(budget.checkpointing),) if budget.checkpointing else tuple(Checkpointing)
+    kinds, other_kinds = _kinds(budget, kind)
     chosen = fit.choose(work.need, allowed / processes, most, kinds)
     if chosen is None:
-        raise _too_big(work, phase, allowed / processes, kinds)
+        raise _too_big(work, phase, (allowed, processes), (kinds, other_kinds))
     threads = max(1, min(budget.threads or machine.cores, machine.cores) // processes)
     torch.set_num_threads(threads)
     decisions = _decisions(phase, work, chosen) | {
@@ -166,14 +166,37 @@ def _encoded(split: str, longest: int, inputs: Inputs, tokenizer: Any) -> list[E
     return rows
 
 
-def _too_big(work: Work, phase: Any, allowed: float, kinds: Sequence[Checkpointing]) -> PlanError:
-    """Each thing that would make it fit, alone; every one was forecast to fit before it is said."""
+Kinds = tuple[Checkpointing, ...]
+
+
+def _kinds(budget: Any, placement: str) -> tuple[Kinds, Kinds]:
+    """What may be computed again, and what else a recipe could ask for."""
+    asked = budget.checkpointing and Checkpointing(budget.checkpointing)
+    if placement == "fsdp":  # fused layers do it, and sharded ones are not fused
+        if asked not in (None, Checkpointing.NONE):
+            raise PlanError(
+                f"`checkpointing: {asked.value}` does not go with sharded layers",
+                where="plan.checkpointing",
+                hint="leave it out, or `plan.placement: ddp`",
+            )
+        return (Checkpointing.NONE,), ()
+    every = tuple(Checkpointing)
+    return ((asked,), tuple(kind for kind in every if kind is not asked)) if asked else (every, ())
+
+
+def _too_big(work: Work, phase: Any, among: tuple[float, int], choice: tuple[Kinds, Kinds]) -> PlanError:
+    """Each thing that would make it fit, alone; every one was forecast to fit before it is said.
+
+    `among`: the bytes that all processes may use, and how many share them. Each forecast is of one.
+    """
+    (together, processes), (kinds, others) = among, choice
+    allowed = together / processes
     need = replace(work.need, how=replace(work.need.how, checkpointing=kinds[-1]))
     least = need.forecast(need.longest).total
-    offers = [f"plan.memory_gb: {math.ceil(least / 1e8) / 10}"]
-    for kind in Checkpointing:
+    offers = [f"plan.memory_gb: {math.ceil(processes * least / 1e8) / 10}"]
+    for kind in others:
         other = replace(need, how=replace(need.how, checkpointing=kind))
-        if kind not in kinds and other.forecast(need.longest).total <= allowed:
+        if other.forecast(need.longest).total <= allowed:
             offers.append(f"plan.checkpointing: {kind.value}")
             break
     if length := fit.shorter(need, allowed):
@@ -185,8 +208,8 @@ def _too_big(work: Work, phase: Any, allowed: float, kinds: Sequence[Checkpointi
         offers.append(f"a base of {smaller.parameters / 1e6:,.0f} million parameters")
     offers += [f"plan.device: {name}" for name in roomy(work)[:1]]
     return PlanError(
-        f"training needs about {least / 1e9:.2f} GB even with one row of {need.longest} tokens at a time; "
-        f"{allowed / 1e9:.2f} GB are allowed",
+        f"training needs about {processes * least / 1e9:.2f} GB even with one row of {need.longest} tokens "
+        f"at a time; {together / 1e9:.2f} GB are allowed",
         where="plan.memory_gb",
         hint=f"any one of these would fit: {'; '.join(offers)}",
     )
