@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+ROWS = {
+    "test": "held-out rows",
+    "validation": "validation rows",
+    "train": "of the rows it was trained on: this shows what was learnt, not what it is worth elsewhere",
+}
 REQUIRED = ("name", "intended_use", "limits", "base", "data", "training", "evaluation", "gates", "lineage")
 
 
@@ -55,7 +60,7 @@ def page(card: Mapping[str, Any]) -> str:
 
 def _scores(evaluation: Mapping[str, Any]) -> Sequence[str]:
     rows = [
-        f"{evaluation['rows']:,} held-out rows.",
+        f"{evaluation['rows']:,} {ROWS[evaluation['split']]}.",
         "",
         "| system | accuracy | 95 % interval | F1 |",
         "|-|-|-|-|",

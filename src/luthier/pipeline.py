@@ -56,6 +56,7 @@ class Place:
     root: Path
     tell: Tell = lambda event: None
     stop: Stop = field(default_factory=Stop)
+    about: Mapping[str, Any] = field(default_factory=dict)  # facts that a release keeps: whose it is, why
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,9 @@ def _register(recipe: Recipe, done: Mapping[str, StageRecord], run_id: str, plac
     champion = record.facts.get("champion")
     accepted = bool(record.facts["accepted"])
     place.store.add_release(
-        ReleaseRecord(record.digest, recipe.name, run_id, accepted, facts | {"champion": champion})
+        ReleaseRecord(
+            record.digest, recipe.name, run_id, accepted, {**place.about, **facts, "champion": champion}
+        )
     )
     if not accepted:
         reasons = "; ".join(

@@ -139,9 +139,13 @@ class Planning(Section):
 
 
 class Evaluate(Section):
+    split: Literal["test", "validation", "train"] = Field(
+        default="test",
+        description="whose rows are asked; `train` shows what was learnt, not what it is worth",
+    )
     labels: tuple[Text, ...] = Field(default=(), description="closed set of answers; empty: exact match")
     positive: str | None = Field(default=None, description="the label that F1 is about")
-    rows: int | None = Field(default=None, ge=1, description="only this many test rows (for smoke runs)")
+    rows: int | None = Field(default=None, ge=1, description="only this many rows (for smoke runs)")
     max_new_tokens: int = Field(default=8, ge=1, le=4096)
     baselines: tuple[choice("baselines"), ...] = ()  # type: ignore[valid-type]
     latency_requests: int = Field(

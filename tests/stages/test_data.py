@@ -195,3 +195,10 @@ def test_someone_who_asks_to_stop_is_heard(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [("a", "b")])
     with pytest.raises(Interrupted):
         data.run(section({"all": "a.jsonl"}), inputs(tmp_path, stopping=lambda: True), tmp_path / "out")
+
+
+def test_a_recipe_may_train_on_every_row_and_hold_none_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [(f"q{n}", "yes") for n in range(10)])
+    part = section({"train": "a.jsonl"}, split={"validation": 0, "test": 0})
+    facts = data.run(part, inputs(tmp_path), tmp_path / "out")
+    assert facts["rows"] == {"train": 10, "validation": 0, "test": 0}

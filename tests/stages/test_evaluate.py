@@ -140,3 +140,10 @@ def test_a_wish_to_stop_is_heard_at_any_point(calls: int, inputs: Inputs, tmp_pa
     with pytest.raises(Interrupted):
         evaluate.run(evaluate_section(), replace(inputs, stopping=stopping_after(calls)), tmp_path)
     assert not (tmp_path / "scorecard.json").exists()
+
+
+def test_the_scorecard_says_whose_rows_were_asked(inputs: Inputs, tmp_path: Path) -> None:
+    section = evaluate_section(split="validation", baselines=[])
+    facts = evaluate.run(section, inputs, tmp_path)
+    assert facts["rows"] == 8
+    assert artifacts.read_json(tmp_path / "scorecard.json")["split"] == "validation"

@@ -121,7 +121,7 @@ def _comparison(record: ReportInput) -> tuple[str, str | None, bool]:
     before = f"{percent(base['accuracy'])} → " if base else ""
     within = f"95 % interval {interval(tuned.get('low'), tuned.get('high'))}"
     against = f", {p_value(pair.get('p'))} against {UNTUNED[key]}" if pair else ""
-    sentence = f"Accuracy {before}{percent(tuned['accuracy'])} on {rows} held-out rows ({within}{against})."
+    sentence = f"Accuracy {before}{percent(tuned['accuracy'])} on {rows} {_kind(record)} ({within}{against})."
     if base and float(tuned["accuracy"]) <= float(base["accuracy"]):
         sentence += " Tuning did not help."
     elif (number(pair.get("p")) or 0.0) >= 0.05:
@@ -184,6 +184,12 @@ class Tile:
     note: str
 
 
+def _kind(record: ReportInput) -> str:
+    """What the rows of the examination were to the model."""
+    kinds = {"validation": "validation rows", "train": "rows it was trained on"}
+    return kinds.get(str(record.scorecard.get("split")), "held-out rows")
+
+
 def tiles(record: ReportInput) -> list[Tile]:
     """The few figures one looks for first; a figure that was not measured has no tile."""
     found = dict(systems(record))
@@ -193,7 +199,7 @@ def tiles(record: ReportInput) -> list[Tile]:
         gain = (
             points(float(tuned["accuracy"]) - float(base["accuracy"])) + f" over {UNTUNED[untuned(found)]}"
             if base
-            else "held-out rows"
+            else _kind(record)
         )
         said.append(Tile(percent(tuned["accuracy"]), "accuracy", gain))
     if number(tuned.get("f1")) is not None:

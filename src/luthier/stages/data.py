@@ -63,7 +63,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         pools.append(pool)
         files.append(read)
     divided = divide(pools, section.split, inputs.seed, dedup=section.dedup == "exact")
-    for split in SPLITS:
+    for split in _wanted(section):
         if not divided.rows[split]:
             raise DataError(
                 f"no row is left for {split}",
@@ -88,6 +88,13 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         "sources": len(card["sources"]),
         "version": card["version"],
     }
+
+
+def _wanted(section: Any) -> list[str]:
+    """Splits that must have a row: train, those with a share, and those that a source declares."""
+    declared = {label for source in section.sources for label in source.origin.params.files}
+    shares = {"validation": section.split.validation, "test": section.split.test}
+    return [split for split in SPLITS if split == "train" or shares[split] or split in declared]
 
 
 def _permitted(section: Any) -> None:

@@ -61,7 +61,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     torch.set_num_threads(artifacts.read_json(inputs.artefacts["plan"] / "plan.json")["threads"])
     memory.forget_peak()
     base, adapter = inputs.artefacts["model"] / "base", inputs.artefacts["train"] / "adapter"
-    rows = _sample(_rows(inputs, "test"), section.rows, inputs.seed)
+    rows = _sample(_rows(inputs, section.split), section.rows, inputs.seed)
     _answerable(rows, section.labels)
     tell = _heeding(inputs)
     tell(Event("evaluate", "loading the model", 0, len(rows)))
@@ -116,7 +116,8 @@ def _rows(inputs: Inputs, split: str) -> list[Chat]:
 def _sample(rows: list[Chat], count: int | None, seed: int) -> list[Chat]:
     if not rows:
         raise DataError(
-            "there is no test row to examine on", hint="give a test split, or raise data.split.test"
+            "there is no row to examine on",
+            hint="give a test split, raise data.split.test, or set evaluate.split",
         )
     if count is None or count >= len(rows):
         return rows
@@ -194,6 +195,7 @@ def _scorecard(
             }
     return {
         "rows": len(gold),
+        "split": exam.section.split,
         "labels": list(exam.section.labels),
         "positive": exam.section.positive,
         "max_new_tokens": exam.section.max_new_tokens,

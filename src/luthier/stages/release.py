@@ -100,12 +100,12 @@ def _evidence(inputs: Inputs) -> tuple[Evidence, Rehearsal]:
     base, train, evaluate = (inputs.artefacts[stage] for stage in ("model", "train", "evaluate"))
     champion = inputs.artefacts.get("champion")
     tokenizer = template.load_tokenizer(base / "base")
-    rows = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / "test.jsonl")
+    card = artifacts.read_json(evaluate / "scorecard.json")
+    rows = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / f"{card.get('split', 'test')}.jsonl")
     random.Random(inputs.seed).shuffle(rows)
     probes = [
         template.prompt_ids(tokenizer, chat(row["messages"], row["where"]).prompt) for row in rows[:PROBES]
     ]
-    card = artifacts.read_json(evaluate / "scorecard.json")
     longest = int(card["max_new_tokens"])
     rehearsal = Rehearsal(inputs, template.stop_ids(tokenizer), longest)
     evidence = Evidence(
@@ -185,6 +185,7 @@ def _card(section: Any, inputs: Inputs, evidence: Evidence, verdicts: list[dict[
         },
         "evaluation": {
             "rows": card["rows"],
+            "split": card.get("split", "test"),
             "systems": {name: {key: score[key] for key in shown} for name, score in card["systems"].items()},
             "paired": card["paired"],
         },
