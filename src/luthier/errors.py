@@ -45,6 +45,13 @@ class DataError(LuthierError, ValueError):
     http_code = 422
 
 
+class GraderError(DataError):
+    """A grader cannot be read, or cannot score this answer. `flag` is OpenAI's name for the kind."""
+
+    http_code = 400
+    flag = "other_error"
+
+
 class ModelError(LuthierError):
     """The base model, its tokenizer or its chat template cannot be used."""
 

@@ -13,6 +13,7 @@ OFFERS = {
     "sources": ("fetch", "fingerprint"),
     "objectives": ("loss",),
     "methods": ("attach", "save", "load", "report"),
+    "metrics": ("score", "templates"),
     "baselines": ("predict",),
     "gates": ("check",),
 }
