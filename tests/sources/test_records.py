@@ -58,7 +58,9 @@ def test_a_place_is_the_line_where_a_record_begins(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', "not UTF-8"),
         (b'{"a": "\x00"}', "NUL"),
         (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", "nested deeper"),
-        (b"[" * 200_000, "nested deeper"),
+        (b"[" * 90_000, "nested deeper"),
+        (b"[" * 200_000, "more than 100000 values"),
+        (b'{"a": "\\ud800"}', "lone surrogate"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
     ],
 )
