@@ -30,6 +30,9 @@ class Batch:
     rows:                id of each document's row.
     lengths_S:           tokens of each segment; they sum to T. Empty: nothing is shared.
     parents_S:           number of the segment that each one follows; -1 where a document begins.
+    advantages_D:        of documents that the policy itself said: how much better each is than expected.
+    behaviour_N:         of their targets: the log-probability under the policy that said them; None: as now.
+    temperature:         what divides logits before a log-probability is taken.
     """
 
     ids_T: Tensor
@@ -41,6 +44,9 @@ class Batch:
     rows: tuple[str, ...]
     lengths_S: tuple[int, ...] = ()
     parents_S: tuple[int, ...] = ()
+    advantages_D: Tensor | None = None
+    behaviour_N: Tensor | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
