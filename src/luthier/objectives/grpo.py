@@ -8,9 +8,9 @@ equations 3 and 4); for each token t of an answer with advantage A, with r = p(t
 the last term being the k3 estimate of the KL divergence to the reference (Schulman 2020). A higher bound
 above than below is DAPO's clip-higher (Yu et al. 2025, arXiv 2503.14476). By default advantages are not
 divided by the group's standard deviation and an answer's tokens are summed, over the longest an answer may be
-(Dr. GRPO, Liu et al. 2025, arXiv 2503.20783): dividing by an answer's own length favours long wrong answers, dividing
-by the deviation favours questions that are nearly always or nearly never answered. `normalise: answers` with
-`scale: std` is GRPO as first published, `normalise: tokens` is DAPO's.
+(Dr. GRPO, Liu et al. 2025, arXiv 2503.20783): dividing by an answer's own length favours long wrong answers,
+dividing by the deviation favours questions that are nearly always or nearly never answered. `normalise:
+answers` with `scale: std` is GRPO as first published, `normalise: tokens` is DAPO's.
 
 With one update a sampling, p_old is p itself: r is 1 and the gradient that of the policy. It does not know
 how answers are sampled or scored.
