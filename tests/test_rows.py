@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.errors import DataError
-from luthier.rows import Role, chat, conversation
+from luthier.rows import Pair, Role, again, chat, conversation, pair
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
@@ -52,3 +52,43 @@ def test_turns_that_are_no_training_row_are_refused_with_their_place(messages: o
 
 def test_a_conversation_may_end_with_the_user_when_it_is_a_question() -> None:
     assert conversation(turns(("user", "a")), "request")[0].role is Role.USER
+
+
+PROMPT = turns(("system", "be brief"), ("user", "hi"))
+
+
+def test_a_pair_comes_back_from_its_record_and_is_two_conversations_learnt_behind_the_prompt() -> None:
+    row = pair(PROMPT, turns(("assistant", "hello")), turns(("assistant", "go away")), "a.jsonl:1")
+    again_ = again({**row.as_record(), "where": "b.jsonl:9"})
+    assert isinstance(again_, Pair) and again_.id == row.id and again_.where == "b.jsonl:9"
+    chosen, rejected = row.documents
+    assert chosen.prompt == rejected.prompt == row.prompt and chosen.given == rejected.given == 2
+    assert (chosen.answer, rejected.answer, row.answer) == ("hello", "go away", "hello")
+    assert chosen.id == rejected.id == row.id
+    swapped = pair(PROMPT, turns(("assistant", "go away")), turns(("assistant", "hello")), "a.jsonl:1")
+    assert swapped.id != row.id
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "words"),
+    [
+        (PROMPT, turns(("assistant", "a")), turns(("assistant", "a")), "are the same"),
+        (PROMPT, [], turns(("assistant", "a")), "chosen answer must be a non-empty list"),
+        (PROMPT, turns(("assistant", "a")), "b", "rejected answer must be a non-empty list"),
+        (PROMPT, turns(("user", "a")), turns(("assistant", "b")), "expected 'assistant'"),
+        (PROMPT, turns(("assistant", "a"), ("user", "b")), turns(("assistant", "b")), "must end with the"),
+        (
+            [*PROMPT, *turns(("assistant", "x"))],
+            turns(("assistant", "a")),
+            [],
+            "prompt ends with 'assistant'",
+        ),
+        ([], turns(("assistant", "a")), turns(("assistant", "b")), "non-empty list"),
+    ],
+)
+def test_what_is_no_preference_is_refused_with_its_place(
+    prompt: object, chosen: object, rejected: object, words: str
+) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        pair(prompt, chosen, rejected, "rows.jsonl:3")
+    assert caught.value.where is not None and caught.value.where.startswith("rows.jsonl:3")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from luthier import template
 from luthier.errors import ModelError
-from luthier.rows import Chat, Message, Role, chat, dicts
+from luthier.rows import Chat, Message, Role, chat, dicts, pair
 from tests.tiny import CHATML, SPECIAL
 
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -95,6 +95,25 @@ def test_the_serving_prompt_is_the_beginning_of_the_training_row(tokenizer: Any)
     prompt = template.prompt_ids(tokenizer, row.prompt)
     encoded = template.encode(tokenizer, row)
     assert list(encoded.ids[: len(prompt)]) == prompt and not any(encoded.mask[: len(prompt)])
+
+
+def test_both_sides_of_a_pair_begin_with_the_serving_prompt_and_are_learnt_behind_it(tokenizer: Any) -> None:
+    asked = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "said before"},
+        {"role": "user", "content": "two <|im_end|>"},
+    ]
+    answers = [[{"role": "assistant", "content": text}] for text in ("fine", "no such thing")]
+    row = pair(asked, answers[0], answers[1], "rows.jsonl:7")
+    ((chosen, rejected),) = template.encode_rows(tokenizer, [row])
+    prompt = template.prompt_ids(tokenizer, row.prompt)
+    for part, side in enumerate((chosen, rejected)):
+        assert (side.part, side.id) == (part, row.id)
+        assert list(side.ids[: len(prompt)]) == prompt and not any(side.mask[: len(prompt)])
+        assert side.mask[len(prompt)] and tokenizer.eos_token_id in side.ids[len(prompt) :]
+    facts = template.check(tokenizer, [row])
+    assert facts["rows"] == facts["control_text_rows"] == 1
+    assert facts["loss_tokens"] == sum(chosen.mask) + sum(rejected.mask)
 
 
 def test_check_says_how_much_there_is_to_learn(tokenizer: Any) -> None:

@@ -32,10 +32,10 @@ def main() -> None:
     found = []
     for adapter in adapters:
         set_peft_model_state_dict(model, load_file(Path(adapter) / "adapter_model.safetensors"))
-        total, count = loop.mean_loss(
+        seen = loop.look(
             model, micros, lambda policy, reference, micro: sft.loss(policy, reference, micro, sft.Params())
         )
-        found.append(total / count)
+        found.append(seen.loss)
     print(json.dumps(found))
 
 

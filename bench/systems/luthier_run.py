@@ -59,11 +59,11 @@ VARIANTS = {
 }
 
 
-def untiled_logps(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int, settle: Any) -> Any:
-    """What `head.token_logps` computes, with all logits alive until the backward pass."""
+def untiled_scores(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int, settle: Any) -> head.Scored:
+    """What `head.token_scores` computes, with all logits alive until the backward pass."""
     del tile, settle
     logp_N_V = torch.log_softmax((hidden_N_E @ weight_V_E.T).float(), dim=-1)
-    return logp_N_V.gather(1, targets_N[:, None])[:, 0]
+    return head.Scored(logp_N_V.gather(1, targets_N[:, None])[:, 0], logp_N_V.argmax(-1) == targets_N)
 
 
 def formulas(ideas: Ideas) -> Any:
@@ -76,7 +76,7 @@ def prepare(job: Job, ideas: Ideas) -> Any:
         attention.LONG = 0  # documents longer than this go to torch's kernel
         documents.SHORT = 0  # only documents of equal length share a call
     if not ideas.tiled:
-        head.token_logps = untiled_logps
+        head.token_scores = untiled_scores
     model = base.load(Path(job.base), ideas.dtype)
     model = lora.attach(model, lora.Params(r=job.rank, alpha=job.alpha), job.seed)
     if job.adapter:

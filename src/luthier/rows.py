@@ -1,6 +1,8 @@
-"""Row types: what one example is. A `Chat` is a conversation whose last word is the assistant's.
+"""Row types: what one example is. A `Chat` is a conversation whose last word is the assistant's; a `Pair` is
+a prompt with two answers, of which one was preferred.
 
-Source: the `messages` form of chat fine-tuning files (system?, then user and assistant in turn).
+Sources: the `messages` form of chat fine-tuning files (system?, then user and assistant in turn); for pairs
+the prompt, chosen and rejected of Rafailov et al. 2023 (arXiv 2305.18290), section 3.
 This module does not know tokens, templates, files or tensors.
 """
 
@@ -11,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from luthier.errors import DataError
 
@@ -32,12 +35,14 @@ class Chat:
     """A conversation to learn from or to be examined on.
 
     `id` is the content's own name (first 16 hex of SHA-256 over the messages), so equal rows have equal
-    ids wherever they came from; `where` is the place it was read, as `file:line`.
+    ids wherever they came from; `where` is the place it was read, as `file:line`. Of the first `given`
+    messages nothing is learnt.
     """
 
     messages: tuple[Message, ...]
     where: str
     id: str
+    given: int = 0
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -50,6 +55,42 @@ class Chat:
 
     def as_record(self) -> dict[str, object]:
         return {"id": self.id, "where": self.where, "messages": dicts(self.messages)}
+
+    @property
+    def documents(self) -> tuple[Chat, ...]:
+        """The conversations that a model reads of this row."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt, the answer that was chosen and the one that was rejected; each may be several turns."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    where: str
+    id: str
+
+    @property
+    def answer(self) -> str:
+        """The end of the chosen answer."""
+        return self.chosen[-1].content
+
+    def as_record(self) -> dict[str, object]:
+        sides = {name: dicts(getattr(self, name)) for name in ("prompt", "chosen", "rejected")}
+        return {"id": self.id, "where": self.where, **sides}
+
+    @property
+    def documents(self) -> tuple[Chat, ...]:
+        """Both conversations, the chosen one first, to be learnt behind the prompt alone."""
+        given = len(self.prompt)
+        return tuple(
+            Chat((*self.prompt, *side), self.where, self.id, given) for side in (self.chosen, self.rejected)
+        )
+
+
+Row = Chat | Pair
 
 
 def dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -66,8 +107,36 @@ def chat(messages: object, where: str) -> Chat:
             where=where,
             hint="add the assistant's reply as the last message",
         )
-    text = json.dumps(dicts(turns), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return Chat(turns, where, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16])
+    return Chat(turns, where, _named(dicts(turns)))
+
+
+def pair(prompt: object, chosen: object, rejected: object, where: str) -> Pair:
+    """Read a preference; both sides must be conversations that end with the assistant, and differ."""
+    asked = conversation(prompt, f"{where}, prompt")
+    if asked[-1].role is not Role.USER:
+        raise DataError(f"the prompt ends with {asked[-1].role.value!r}, expected 'user'", where=where)
+    sides = []
+    for name, said in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(said, Sequence) or isinstance(said, str | bytes) or not said:
+            raise DataError(f"the {name} answer must be a non-empty list of messages", where=where)
+        whole = chat([*dicts(asked), *said], f"{where}, {name}").messages
+        sides.append(whole[len(asked) :])
+    if sides[0] == sides[1]:
+        raise DataError("the chosen and the rejected answer are the same", where=where)
+    name = _named([dicts(asked), *map(dicts, sides)])
+    return Pair(asked, sides[0], sides[1], where, name)
+
+
+def again(record: Mapping[str, Any]) -> Row:
+    """The row that `as_record` made this of."""
+    if "chosen" in record:
+        return pair(record["prompt"], record["chosen"], record["rejected"], record["where"])
+    return chat(record["messages"], record["where"])
+
+
+def _named(content: object) -> str:
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def conversation(messages: object, where: str) -> tuple[Message, ...]:

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from luthier.errors import ModelError
-from luthier.rows import Chat, Message, Role, dicts
+from luthier.rows import Chat, Message, Role, Row, dicts
 
 CHUNK_ROWS = 1024
 _ONE_AT_A_TIME = Lock()  # a call with `split_special_tokens` changes the tokenizer while it lasts
@@ -30,11 +30,15 @@ _ONE_AT_A_TIME = Lock()  # a call with `split_special_tokens` changes the tokeni
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as tokens. `mask` is true where the token is learnt; `id` is the row's."""
+    """A document of a row as tokens. `mask` is true where the token is learnt; `id` is the row's.
+
+    `part` counts the documents of one row from 0: a chat has one, a pair two, the chosen one first.
+    """
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
     id: str
+    part: int = 0
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -97,8 +101,15 @@ def encode_all(tokenizer: Any, chats: Sequence[Chat]) -> list[Encoded]:
     return found
 
 
-def check(tokenizer: Any, chats: Sequence[Chat]) -> dict[str, Any]:
+def encode_rows(tokenizer: Any, rows: Sequence[Row]) -> list[tuple[Encoded, ...]]:
+    """The documents of each row as tokens; those of one row begin with the same prompt, token by token."""
+    encoded = iter(encode_all(tokenizer, [document for row in rows for document in row.documents]))
+    return [tuple(replace(next(encoded), part=part) for part in range(len(row.documents))) for row in rows]
+
+
+def check(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
     """Prove the template on every row before anything is trained; facts say how much there is to learn."""
+    chats = [document for row in rows for document in row.documents]
     control = _control_of(tokenizer)
     literal = [
         chat.where for chat in chats if control and any(control.search(m.content) for m in chat.messages)
@@ -112,20 +123,21 @@ def check(tokenizer: Any, chats: Sequence[Chat]) -> dict[str, Any]:
             if len(row.ids) > longest:
                 longest, longest_where = len(row.ids), chat.where
     return {
-        "rows": len(chats),
+        "rows": len(rows),
         "tokens": tokens,
         "loss_tokens": learnt,
         "mean_loss_tokens": round(learnt / len(chats), 3) if chats else 0.0,
         "longest": longest,
         "longest_where": longest_where,
         "stop": sorted(tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer)))),
-        "control_text_rows": len(literal),
-        "control_text_where": literal[:10],
+        "control_text_rows": len(set(literal)),
+        "control_text_where": list(dict.fromkeys(literal))[:10],
     }
 
 
 def _answers(chat: Chat) -> list[int]:
-    return [n for n, message in enumerate(chat.messages) if message.role is Role.ASSISTANT]
+    turns = enumerate(chat.messages)
+    return [n for n, message in turns if message.role is Role.ASSISTANT and n >= chat.given]
 
 
 def _masked(

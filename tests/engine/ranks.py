@@ -59,7 +59,9 @@ def _rank(rank: int, world: int, kind: str, folder: Path, target: Any, given: tu
 
 
 def loader(micro_tokens: int = 14) -> batch.Loader:
-    return batch.Loader(tuple(row.id for row in ROWS), dict(enumerate(ROWS)), 5, micro_tokens, 3)
+    return batch.Loader(
+        tuple(row.id for row in ROWS), {n: (row,) for n, row in enumerate(ROWS)}, 5, micro_tokens, 3
+    )
 
 
 def model_of(tiny: Path, dropout: float = 0.0, dtype: str = "float32") -> Any:
@@ -84,10 +86,11 @@ def descend(place: Placement, folder: Path, tiny: Path, **how: Any) -> dict[str,
     micros = loader(how.get("micro_tokens", 14))
     trace = []
     for step in loop.train(model, micros, OBJECTIVE, adam, settings, past):
-        trace.append((step.step, step.loss, step.grad_norm))
+        trace.append((step.step, step.loss, step.grad_norm, step.accuracy))
         if step.step == how.get("steps", 6):
             break
-    look = loop.mean_loss(model, micros(1), OBJECTIVE, place=place)
+    seen = loop.look(model, micros(1), OBJECTIVE, settings)
+    look = [seen.total, seen.count, seen.right]
     held = bytes_held([*model.parameters(), *loop.moving(model, adam).values()])
     tensors = {name: placement.whole(tensor) for name, tensor in loop.moving(model, adam).items()}
     if place.leads:

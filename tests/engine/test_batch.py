@@ -74,3 +74,29 @@ def test_no_token_is_padding(lengths: list[int], budget: int) -> None:
     assert sum(len(micro.ids_T) for micro in micros) == sum(lengths)
     assert all(sum(micro.lengths_D) == len(micro.ids_T) for micro in micros)
     assert sorted(row for micro in micros for row in micro.rows) == sorted(row.id for row in rows)
+
+
+PAIRS = st.lists(
+    st.tuples(*(st.lists(st.integers(1, 3), min_size=1, max_size=12) for _ in range(3))),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(pairs=PAIRS, budget=st.integers(1, 60))
+def test_the_documents_of_a_row_stay_together_in_order_whatever_the_budget(
+    pairs: list[tuple[list[int], ...]], budget: int
+) -> None:
+    rows = [
+        tuple(Encoded((*asked, *said), (False,) * len(asked) + (True,) * len(said), str(number), part)
+              for part, said in enumerate(sides))
+        for number, (asked, *sides) in enumerate(pairs)
+    ]  # fmt: skip
+    documents = batch.flat(rows)
+    micros = batch.micro_batches(documents, budget)
+    assert batch.sizes(documents, budget) == tuple(len(micro.ids_T) for micro in micros)
+    for micro in micros:
+        assert micro.parts_D == (0, 1) * (len(micro.rows) // 2)
+        assert micro.rows[::2] == micro.rows[1::2]
+        assert len(micro.ids_T) <= budget or len(micro.rows) == 2
+    assert sorted(row for micro in micros for row in micro.rows[::2]) == sorted(row[0].id for row in rows)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import CohereConfig, GraniteConfig
 
 from luthier.engine import base
-from luthier.engine.head import token_logps
+from luthier.engine.head import token_logps, token_scores
 from luthier.errors import ModelError
 from tests.engine.test_attention import rows
 from tests.engine.tiny_families import FAMILIES, SMALL, make
@@ -51,6 +51,17 @@ def test_log_probabilities_are_float32_on_a_bfloat16_model() -> None:
     found = token_logps(torch.ones(3, 4).bfloat16(), torch.ones(5, 4).bfloat16(), torch.tensor([0, 1, 2]))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.full((3,), -torch.log(torch.tensor(5.0)).item()))
+
+
+@pytest.mark.parametrize("tile", [1, 3, 100])
+def test_a_target_is_right_where_no_token_is_likelier(tile: int) -> None:
+    noise = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(40, 6, generator=noise), torch.randn(9, 6, generator=noise)
+    best = (hidden @ weight.T).argmax(-1)
+    targets = torch.where(torch.arange(40) % 3 == 0, best, (best + 1) % 9)
+    found = token_scores(hidden, weight, targets, tile)
+    assert found.right_N.tolist() == [n % 3 == 0 for n in range(40)]
+    assert torch.equal(found.logp_N, token_logps(hidden, weight, targets, tile))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

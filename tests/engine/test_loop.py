@@ -31,7 +31,9 @@ def model_of(folder: Path, dropout: float = 0.0, seed: int = 1) -> Any:
 
 
 def loader(micro_tokens: int = 1000, batch_rows: int = 5) -> batch.Loader:
-    return batch.Loader(tuple(row.id for row in ROWS), dict(enumerate(ROWS)), batch_rows, micro_tokens, 3)
+    return batch.Loader(
+        tuple(row.id for row in ROWS), {n: (row,) for n, row in enumerate(ROWS)}, batch_rows, micro_tokens, 3
+    )
 
 
 def run(
@@ -127,7 +129,7 @@ def test_a_label_behind_the_mask_does_not_move_the_loss(tiny_base: Path) -> None
     unlearnt = Encoded(row.ids, (*row.mask[:last], False), row.id)
     changed = Encoded((*row.ids[:last], 7), unlearnt.mask, row.id)
     model = model_of(tiny_base)
-    totals = [loop.mean_loss(model, [batch.collate([some])], OBJECTIVE) for some in (unlearnt, changed)]
+    totals = [loop.look(model, [batch.collate([some])], OBJECTIVE).loss for some in (unlearnt, changed)]
     assert totals[0] == totals[1]
 
 

@@ -43,7 +43,11 @@ def test_the_engine_gives_the_curve_of_the_flat_example(tiny_base: Path, micro_t
         base.load(tiny_base, "float32"), lora.Params(r=flat.RANK, alpha=flat.ALPHA), flat.SEED
     )
     loader = batch.Loader(
-        tuple(row.id for row in rows), dict(enumerate(rows)), flat.ROWS_PER_STEP, micro_tokens, flat.SEED
+        tuple(row.id for row in rows),
+        {n: (row,) for n, row in enumerate(rows)},
+        flat.ROWS_PER_STEP,
+        micro_tokens,
+        flat.SEED,
     )
     objective: Any = partial(sft.loss, params=sft.Params())
     steps = loop.train(model, loader, objective, loop.optimiser(model, settings), settings)

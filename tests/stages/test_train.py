@@ -67,6 +67,8 @@ def test_the_records_add_up(planned: Inputs, whole: tuple[Path, str, dict[str, A
     assert facts["computed_tokens"] == computed == decisions["computed_tokens"] <= facts["useful_tokens"]
     assert facts["trainable_parameters"] == decisions["trainable_parameters"]
     assert facts["trainable_share"] == pytest.approx(decisions["trainable_share"], rel=1e-3)
+    assert all(0 <= row["accuracy"] <= 1 for row in (*curve, *looks))
+    assert looks[-1]["accuracy"] > looks[0]["accuracy"]
     best = min(looks, key=lambda row: row["loss"])
     assert (facts["best_step"], facts["validation_loss"]) == (best["step"], best["loss"])
     assert facts["peak_rss_bytes"] > 0 and facts["train_seconds"] >= facts["step_seconds"] > 0

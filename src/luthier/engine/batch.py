@@ -3,8 +3,8 @@
 Sources: the order of an epoch is a sort by SHA-256 of (seed, epoch, row id), so it is the same on every
 machine and library version, and needs no generator state to resume; packing is best-fit decreasing
 (Johnson et al. 1974) by a token budget, which counts tokens that rows share once. Rows that share their
-beginning are packed together as far as the budget goes (`engine.trie`). Everything here is a function of
-(rows, seed, step).
+beginning are packed together as far as the budget goes (`engine.trie`); the documents of one row always are.
+Everything here is a function of (rows, seed, step).
 
 It does not know models, losses or time.
 """
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -93,20 +93,31 @@ def collate(rows: Sequence[Encoded], block: int = trie.BLOCK) -> Batch:
         rows=tuple(row.id for row in rows),
         lengths_S=tuple(lengths) if shares else (),
         parents_S=tuple(part.parent for part in tree.segments) if shares else (),
+        parts_D=tuple(row.part for row in rows) if any(row.part for row in rows) else (),
     )
 
 
+def bonds(documents: Sequence[Encoded]) -> tuple[range, ...]:
+    """The documents of each row, as numbers: one begins where `part` is 0."""
+    starts = [at for at, document in enumerate(documents) if not document.part]
+    return tuple(range(start, stop) for start, stop in pairwise([*starts, len(documents)]))
+
+
+def flat(rows: Iterable[tuple[Encoded, ...]]) -> list[Encoded]:
+    """The documents of these rows, one row after the other."""
+    return [document for row in rows for document in row]
+
+
 def bins(rows: Sequence[Encoded], budget: int) -> tuple[tuple[int, ...], ...]:
-    """The rows of each micro-batch of at most `budget` tokens: what `trie.pieces` keeps together, packed."""
-    kept = trie.pieces([row.ids for row in rows], budget)
+    """The documents of each micro-batch of at most `budget` tokens: what `trie.pieces` keeps, packed."""
+    kept = trie.pieces([row.ids for row in rows], budget, bonds=bonds(rows))
     packed = pack([tokens for _, tokens in kept], budget)
     return tuple(tuple(row for piece in members for row in kept[piece][0]) for members in packed)
 
 
 def sizes(rows: Sequence[Encoded], budget: int) -> tuple[int, ...]:
     """The tokens that each of `micro_batches` computes, without making them."""
-    trees = (trie.grow([rows[row].ids for row in members]) for members in bins(rows, budget))
-    return tuple(sum(part.stop - part.start for part in tree.segments) for tree in trees)
+    return tuple(trie.size([rows[row].ids for row in members]) for members in bins(rows, budget))
 
 
 def micro_batches(rows: Sequence[Encoded], budget: int) -> tuple[Batch, ...]:
@@ -118,18 +129,19 @@ def micro_batches(rows: Sequence[Encoded], budget: int) -> tuple[Batch, ...]:
 class Loader:
     """The micro-batches of any step, on demand: its whole state is the step's number.
 
-    `rows` holds what the steps use (`Loader.needed` says which); `ids` names all rows of the data set.
+    `rows` holds the documents of each row that the steps use (`Loader.needed` says which); `ids` names all
+    rows of the data set.
     """
 
     ids: tuple[str, ...]
-    rows: dict[int, Encoded]
+    rows: dict[int, tuple[Encoded, ...]]
     batch: int
     micro_tokens: int
     seed: int
 
     def __call__(self, step: int) -> tuple[Batch, ...]:
         chosen = rows_of(self.ids, self.batch, self.seed, step)
-        return micro_batches([self.rows[row] for row in chosen], self.micro_tokens)
+        return micro_batches(flat(self.rows[row] for row in chosen), self.micro_tokens)
 
     @staticmethod
     def needed(ids: tuple[str, ...], batch: int, seed: int, steps: int) -> tuple[int, ...]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from luthier.engine import footprint, layout
+from luthier.engine import batch, footprint, layout, trie
 from luthier.engine.footprint import Checkpointing, Forecast, How, Shape
 from luthier.engine.layout import Layout
 from luthier.template import Encoded
@@ -32,9 +33,13 @@ class Work:
     row_tokens: int
     known: dict[int, tuple[Layout, ...]] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def longest(self) -> int:
-        return max(len(row.ids) for step in self.steps for row in step)
+        """The tokens of the longest row, with all its documents."""
+        return max(trie.size([step[at].ids for at in bond]) for step, bond in self.bonds())
+
+    def bonds(self) -> Iterator[tuple[tuple[Encoded, ...], range]]:
+        return ((step, bond) for step in self.steps for bond in batch.bonds(step))
 
     def layouts(self, budget: int) -> tuple[Layout, ...]:
         if budget not in self.known:
@@ -82,16 +87,17 @@ def least(work: Work, kinds: Sequence[Checkpointing]) -> Forecast:
 
 
 def shorter(work: Work, allowed: float) -> int | None:
-    """The longest rows that would fit, each cut there, if any of eight tokens or more do."""
+    """The longest documents that would fit, each cut there, if any of eight tokens or more do."""
+    rows = [[step[at] for at in bond] for step, bond in work.bonds()]
 
     def fits(length: int) -> bool:
-        cut = tuple(
-            tuple(Encoded(row.ids[:length], row.mask[:length], row.id) for row in step) for step in work.steps
-        )
-        at = [layout.of([row]) for step in cut for row in step]
+        at = [
+            layout.of([replace(one, ids=one.ids[:length], mask=one.mask[:length]) for one in row])
+            for row in rows
+        ]
         return footprint.forecast(work.shape, at, work.how, work.row_tokens).total <= allowed
 
-    return most(fits, 8, work.longest - 1)
+    return most(fits, 8, max(len(one.ids) for row in rows for one in row) - 1)
 
 
 def fewer_layers(work: Work, allowed: float) -> Shape | None:

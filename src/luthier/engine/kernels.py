@@ -123,15 +123,17 @@ def unturn(grad_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return torch.cat((first.to(dtype), second.to(dtype), grad_THE[..., 2 * half :]), dim=-1)
 
 
-def settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Float32 log softmax at the targets and, if `wanted`, onehot(target) - softmax in the logits' place."""
+def settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Float32 log softmax at the targets; whether each target is the likeliest (of equals, the first);
+    and, if `wanted`, onehot(target) - softmax in the logits' place."""
+    right_N = logits_N_V.argmax(-1) == targets_N
     logp_N_V = torch.log_softmax(logits_N_V.float(), dim=-1)
     chosen_N = logp_N_V.gather(1, targets_N[:, None])[:, 0]
     if not wanted:
-        return chosen_N, None
+        return chosen_N, right_N, None
     residual_N_V = logp_N_V.exp_().neg_()
     residual_N_V[torch.arange(len(targets_N), device=targets_N.device), targets_N] += 1.0
-    return chosen_N, residual_N_V.to(logits_N_V.dtype)
+    return chosen_N, right_N, residual_N_V.to(logits_N_V.dtype)
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal
 
@@ -53,7 +53,10 @@ class Asked(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to descend. `steps` counts optimiser steps; `warmup` is the share of them with a rising rate."""
+    """How to descend. `steps` counts optimiser steps; `warmup` is the share of them with a rising rate.
+
+    `metrics` are the names of what the objective tells beside its loss.
+    """
 
     steps: int
     lr: float
@@ -64,9 +67,36 @@ class Settings:
     clip: float = 1.0
     on_sick: Literal["stop", "skip"] = "stop"
     spike: float | None = None
+    metrics: tuple[str, ...] = ()
     tile: int = TILE
     formulas: Kernels = PLAIN
     place: Placement = ONE
+
+
+PLAINLY = Settings(steps=0, lr=0.0, seed=0)  # for a look: nothing descends
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What micro-batches came to: loss and metrics over `count` units, `right` of `tokens` foreseen."""
+
+    total: float
+    count: int
+    right: int
+    tokens: int
+    metrics: tuple[float, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        return self.total / self.count
+
+    @property
+    def accuracy(self) -> float:
+        """The share of tokens to be learnt that no other token outdid."""
+        return self.right / self.tokens
+
+    def means(self, names: Sequence[str]) -> dict[str, float]:
+        return {name: value / self.count for name, value in zip(names, self.metrics, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -81,6 +111,7 @@ class Past:
 class Step:
     """One finished optimiser step. `loss` is the mean over its loss units, `grad_norm` is before clipping.
 
+    `accuracy` is over the tokens to be learnt, `metrics` are means as the loss is.
     `sick` says why nothing was learnt from a step that was skipped; its loss and norm mean nothing then.
     `tokens` are the rows' own, `computed_tokens` those left where rows share their beginning.
     """
@@ -94,6 +125,8 @@ class Step:
     loss_tokens: int
     seconds: float
     rows: tuple[str, ...]
+    accuracy: float = math.nan
+    metrics: Mapping[str, float] = field(default_factory=dict)
     sick: str | None = None
 
 
@@ -131,27 +164,34 @@ def train(
     for step in range(past.step + 1, settings.steps + 1):
         began = time.perf_counter()
         micros = batches(step)
-        rows = tuple(row for micro in micros for row in micro.rows)
-        loss, norm = math.nan, math.nan
+        rows = tuple(row for micro in micros for row in _rows(micro))
+        found, norm = Sums(math.nan, 1, 0, 1, (math.nan,) * len(settings.metrics)), math.nan
         sick: str | None = None
         try:
-            loss, norm = _gradients(model, micros, objective, (step, rows, losses), settings)
-        except Sick as found:
+            found, norm = _gradients(model, micros, objective, (step, rows, losses), settings)
+        except Sick as error:
             if settings.on_sick == "stop":
                 raise
-            sick = found.what
+            sick = error.what
         else:
-            losses.append(loss)
+            losses.append(found.loss)
             for group in adam.param_groups:
                 group["lr"] = rate(step, settings)
             adam.step()
         yield Step(
-            step=step, loss=loss, lr=rate(step, settings), grad_norm=norm,
+            step=step, loss=found.loss, lr=rate(step, settings), grad_norm=norm,
             tokens=sum(sum(micro.lengths_D) for micro in micros),
             computed_tokens=sum(len(micro.ids_T) for micro in micros),
             loss_tokens=sum(len(micro.targets_N) for micro in micros),
-            seconds=time.perf_counter() - began, rows=rows, sick=sick,
+            seconds=time.perf_counter() - began, rows=rows, accuracy=found.accuracy,
+            metrics=found.means(settings.metrics), sick=sick,
         )  # fmt: skip
+
+
+def _rows(micro: Batch) -> tuple[str, ...]:
+    """The ids of its rows, each once however many documents it has."""
+    parts = micro.parts_D or (0,) * len(micro.rows)
+    return tuple(row for row, part in zip(micro.rows, parts, strict=True) if not part)
 
 
 def _gradients(
@@ -160,8 +200,8 @@ def _gradients(
     objective: Objective,
     at: tuple[int, tuple[str, ...], Sequence[float]],
     settings: Settings,
-) -> tuple[float, float]:
-    """Accumulate the clipped gradient of the step's mean loss; return that loss and the norm before."""
+) -> tuple[Sums, float]:
+    """Accumulate the clipped gradient of the step's mean loss; return its sums and the norm before."""
     step, rows, losses = at
     taught = [micro for micro in micros if len(micro.targets_N)]
     if not taught:
@@ -171,43 +211,46 @@ def _gradients(
     model.train()
     place = settings.place
     with torch.random.fork_rng(devices=[place.device] if place.device.type == "cuda" else []):
-        how = (place, settings.tile, settings.formulas)
+        how = (place, settings.metrics, settings.tile, settings.formulas)
         found = _sums(model, taught, objective, how, (settings.seed, step))
-    for (value, _), micro in zip(found, taught, strict=True):
-        if not math.isfinite(value):
-            raise _sick(f"the loss of step {step} is {value}", micro.rows)
-    total, count = sum(value for value, _ in found), sum(count for _, count in found)
+    for each, micro in zip(found, taught, strict=True):
+        if not math.isfinite(each.total):
+            raise _sick(f"the loss of step {step} is {each.total}", micro.rows)
+    sums = _added(found)
     usual = median(losses) if settings.spike and len(losses) >= FIRST else 0.0
-    if settings.spike and usual > 0 and total / count > settings.spike * usual:
-        raise _sick(f"the loss of step {step} is {total / count:.4g}, of those before it {usual:.4g}", rows)
+    if settings.spike and usual > 0 and sums.loss > settings.spike * usual:
+        raise _sick(f"the loss of step {step} is {sums.loss:.4g}, of those before it {usual:.4g}", rows)
     weights = list(trained(model).values())
     place.add_up(weights)
     for weight in weights:
         if weight.grad is not None:
-            weight.grad.div_(count)
+            weight.grad.div_(sums.count)
     norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, settings.clip)))
     if not math.isfinite(norm):
         raise _sick(f"the gradient of step {step} is {norm}", rows)
-    return total / count, norm
+    return sums, norm
 
 
 def _sums(
     model: Any,
     micros: Sequence[Batch],
     objective: Objective,
-    how: tuple[Placement, int, Kernels],
+    how: tuple[Placement, Sequence[str], int, Kernels],
     noise: tuple[int, int] | None = None,
-) -> list[tuple[float, int]]:
-    """(loss sum, count) of each micro-batch, whichever rank computes it; gradients too, if there is noise."""
-    place, *rest = how
-    table = torch.zeros(len(micros) + 1, 2, dtype=torch.float64)  # the last line: whether to stop
+) -> list[Sums]:
+    """The sums of each micro-batch, whichever rank computes it; gradients too, if there is noise."""
+    place, names, *rest = how
+    table = torch.zeros(len(micros) + 1, 3 + len(names), dtype=torch.float64)  # last line: whether to stop
     try:
         for number, weight in place.share([len(micro.ids_T) for micro in micros]):
             micro = place.put(micros[number])
             if noise is not None:
                 torch.manual_seed(noise_seed(*noise, number))
-            loss = objective(place.logps(model, micro, *rest), None, micro)
-            table[number] += weight * torch.tensor((loss.total.item(), loss.count), dtype=torch.float64)
+            scored = place.scores(model, micro, *rest)
+            loss = objective(scored.logp_N, None, micro)
+            line = [loss.total.item(), loss.count, scored.right_N.sum().item()]
+            line += [loss.metrics[name] for name in names]
+            table[number] += weight * torch.tensor(line, dtype=torch.float64)
             if noise is not None:
                 (weight * loss.total).backward()  # type: ignore[no-untyped-call]
     except Asked:
@@ -215,7 +258,20 @@ def _sums(
     *lines, asked = place.total(table).tolist()
     if any(asked):
         raise Asked
-    return [(value, int(count)) for value, count in lines]
+    return [
+        Sums(total, int(count), int(right), len(micro.targets_N), tuple(metrics))
+        for (total, count, right, *metrics), micro in zip(lines, micros, strict=True)
+    ]
+
+
+def _added(found: Sequence[Sums]) -> Sums:
+    return Sums(
+        total=sum(each.total for each in found),
+        count=sum(each.count for each in found),
+        right=sum(each.right for each in found),
+        tokens=sum(each.tokens for each in found),
+        metrics=tuple(map(sum, zip(*(each.metrics for each in found), strict=True))),
+    )
 
 
 def _sick(what: str, rows: Sequence[str]) -> Sick:
@@ -233,17 +289,16 @@ def noise_seed(seed: int, step: int, micro: int) -> int:
 
 
 @torch.no_grad()
-def mean_loss(
+def look(
     model: Any,
     micros: Sequence[Batch],
     objective: Objective,
-    formulas: Kernels = PLAIN,
-    place: Placement = ONE,
-) -> tuple[float, int]:
-    """(loss sum, count) of these micro-batches, without dropout or gradients."""
+    settings: Settings = PLAINLY,
+) -> Sums:
+    """What these micro-batches come to, without dropout or gradients."""
     model.eval()
-    found = _sums(model, micros, objective, (place, TILE, formulas))
-    return sum(value for value, _ in found), sum(count for _, count in found)
+    how = (settings.place, settings.metrics, settings.tile, settings.formulas)
+    return _added(_sums(model, micros, objective, how))
 
 
 def moving(model: torch.nn.Module, adam: torch.optim.AdamW) -> dict[str, Tensor]:

@@ -178,7 +178,7 @@ void turn(const N* x, const N* cosine, const N* sine, N* out, long tokens, long 
 }
 
 template <class N>
-void settle(N* logits, const int64_t* targets, float* logps, long rows, long width) {
+void settle(N* logits, const int64_t* targets, float* logps, bool* right, long rows, long width) {
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < rows; ++row) {
         N* at = logits + row * width;
@@ -188,6 +188,10 @@ void settle(N* logits, const int64_t* targets, float* logps, long rows, long wid
 #pragma omp simd reduction(+ : sum)
         for (long v = 0; v < width; ++v) sum += power(wide(at[v]) - top);
         const float chosen = power(wide(at[targets[row]]) - top) / sum, share = -1.0f / sum;
+        long ahead = 0;  // of equally likely tokens the first is meant
+        if (wide(at[targets[row]]) == top)
+            for (long v = 0; v < targets[row]; ++v) ahead += wide(at[v]) == top;
+        right[row] = wide(at[targets[row]]) == top && !ahead;
         logps[row] = wide(at[targets[row]]) - top - __builtin_logf(sum);
 #pragma omp simd
         for (long v = 0; v < width; ++v) put(at[v], power(wide(at[v]) - top) * share);
@@ -215,4 +219,5 @@ BOTH(soften_backward, (void* g, void* w, long n, long l, long r, long before, lo
      (OUT(g), IN(w), n, l, r, before, window, scale))
 BOTH(turn, (void* x, void* c, void* s, void* y, long t, long h, long e, long r, long stride, float sign),
      (IN(x), IN(c), IN(s), OUT(y), t, h, e, r, stride, sign))
-BOTH(settle, (void* x, int64_t* targets, float* logps, long n, long v), (OUT(x), targets, logps, n, v))
+BOTH(settle, (void* x, int64_t* targets, float* logps, bool* right, long n, long v),
+     (OUT(x), targets, logps, right, n, v))

@@ -174,12 +174,12 @@ def _unturn(grad_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return plain.unturn(grad_THE, cos_TR, sin_TR) if found is None else found
 
 
-def _settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+def _settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     if not _takes(logits_N_V) or not targets_N.is_contiguous() or not wanted:
         return plain.settle(logits_N_V, targets_N, wanted)
-    logp_N = torch.empty(len(targets_N))
-    _call("settle", logits_N_V.dtype, logits_N_V, targets_N, logp_N, *logits_N_V.shape)
-    return logp_N, logits_N_V
+    logp_N, right_N = torch.empty(len(targets_N)), torch.empty(len(targets_N), dtype=torch.bool)
+    _call("settle", logits_N_V.dtype, logits_N_V, targets_N, logp_N, right_N, *logits_N_V.shape)
+    return logp_N, right_N, logits_N_V
 
 
 @cache

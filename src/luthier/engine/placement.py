@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from luthier.engine.head import batch_logps
+from luthier.engine.head import Scored, batch_scores
 from luthier.errors import TrainError
 from luthier.objectives import Batch
 
@@ -111,12 +111,12 @@ class Placement:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
             module.set_gradient_divide_factor(1.0)  # sums: the step divides by its units
             module.set_force_sum_reduction_for_comms(True)
-        model.logps = partial(batch_logps, model)
-        register_fsdp_forward_method(model, "logps")
+        model.scores = partial(batch_scores, model)
+        register_fsdp_forward_method(model, "scores")
 
-    def logps(self, model: Any, micro: Batch, *how: Any) -> Tensor:
-        """`head.batch_logps`; of a shared model as one forward pass, so that all it reads is at hand."""
-        found: Tensor = model.logps(micro, *how) if self.in_step else batch_logps(model, micro, *how)
+    def scores(self, model: Any, micro: Batch, *how: Any) -> Scored:
+        """`head.batch_scores`; of a shared model as one forward pass, so that all it reads is at hand."""
+        found: Scored = model.scores(micro, *how) if self.in_step else batch_scores(model, micro, *how)
         return found
 
     def put(self, micro: Batch) -> Batch:

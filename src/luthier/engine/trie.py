@@ -76,22 +76,34 @@ def grow(rows: Sequence[Ids], block: int = BLOCK) -> Tree:
     return Tree(tuple(segments), tuple(ends))
 
 
-def pieces(rows: Sequence[Ids], budget: int, block: int = BLOCK) -> tuple[tuple[tuple[int, ...], int], ...]:
+def pieces(
+    rows: Sequence[Ids], budget: int, block: int = BLOCK, bonds: Sequence[range] = ()
+) -> tuple[tuple[tuple[int, ...], int], ...]:
     """Rows to keep together, and the tokens of their tree, in the order of each piece's first row.
 
     Rows that share their beginning make a piece. One of more than `budget` tokens is cut, in the order of
-    its tokens, as often as the budget asks.
+    its tokens, as often as the budget asks, but never through a bond: neighbours that belong together, such
+    as the two sides of a pair. Of bonds whose later rows share too, the tokens are counted at their most.
     """
-    order, shared = _neighbours(rows, block)
+    bonds = bonds or [range(row, row + 1) for row in range(len(rows))]
+    order, shared = _neighbours([rows[bond[0]] for bond in bonds], block)
     found: list[tuple[list[int], int]] = []
-    for row, common in zip(order, shared, strict=True):
-        own = len(rows[row]) - common
-        if common and found[-1][1] + own <= budget:
+    for number, common in zip(order, shared, strict=True):
+        bond = bonds[number]
+        alone = size([rows[row] for row in bond], block)
+        if common and found[-1][1] + alone - common <= budget:
             members, tokens = found[-1]
-            found[-1] = ([*members, row], tokens + own)
+            found[-1] = ([*members, *bond], tokens + alone - common)
         else:
-            found.append(([row], len(rows[row])))
+            found.append(([*bond], alone))
     return tuple(sorted((tuple(members), tokens) for members, tokens in found))
+
+
+def size(rows: Sequence[Ids], block: int = BLOCK) -> int:
+    """The tokens of these rows' tree."""
+    if len(rows) == 1:
+        return len(rows[0])
+    return sum(part.stop - part.start for part in grow(rows, block).segments)
 
 
 def _neighbours(rows: Sequence[Ids], block: int) -> tuple[list[int], list[int]]:

@@ -1,9 +1,11 @@
 """Objectives: what is minimised. One file is one loss, with its paper, its equation and its own `Params`.
 
 A part declares `Params`, `ROWS` (the row type it reads), `NEEDS` (what else must be at hand, a subset of
-reference, teacher, value, rollouts) and a pure `loss(policy, reference, batch, params) -> Loss`, where
-`policy` and `reference` are log-probabilities of the batch's target tokens (`logp_N`). A loss never sees a
-model, an optimiser or a device. This module does not know how a batch is built or a loss is minimised.
+reference, teacher, value, rollouts), `METRICS` (names of what it tells beside the loss, if any) and a pure
+`loss(policy, reference, batch, params) -> Loss`, where `policy` and `reference` are log-probabilities of the
+batch's target tokens (`logp_N`). A loss never sees a model, an optimiser or a device.
+
+This module does not know how a batch is built or a loss is minimised.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ class Batch:
     advantages_D:        of documents that the policy itself said: how much better each is than expected.
     behaviour_N:         of their targets: the log-probability under the policy that said them; None: as now.
     temperature:         what divides logits before a log-probability is taken.
+    parts_D:             place of each document in its row, where rows have several: a row's documents stand
+                         together, from 0 on. Empty: each document is a row.
     """
 
     ids_T: Tensor
@@ -47,11 +51,15 @@ class Batch:
     advantages_D: Tensor | None = None
     behaviour_N: Tensor | None = None
     temperature: float = 1.0
+    parts_D: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A sum over `count` units, not a mean: the engine divides by the units of the whole optimiser step."""
+    """A sum over `count` units, not a mean: the engine divides by the units of the whole optimiser step.
+
+    So are the metrics, by the names that the objective declares.
+    """
 
     total: Tensor
     count: int

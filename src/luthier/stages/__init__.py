@@ -41,7 +41,7 @@ STAGES = {
     "data": Declared(version=1, external=True),
     "model": Declared(version=1, needs=("data",), external=True),
     "plan": Declared(version=3, needs=("data", "model")),
-    "train": Declared(version=3, needs=("data", "model", "plan"), saves_on_stop=True),
+    "train": Declared(version=4, needs=("data", "model", "plan"), saves_on_stop=True),
     "evaluate": Declared(version=2, needs=("data", "model", "plan", "train")),
     "release": Declared(
         version=1, needs=("data", "model", "plan", "train", "evaluate"), named=True, wants_champion=True

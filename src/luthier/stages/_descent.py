@@ -193,14 +193,14 @@ def _look(work: Work, progress: Progress) -> bool:
         return True
     began = time.monotonic()
     try:
-        how = work.settings.formulas, work.place
-        total, count = loop.mean_loss(work.model, work.held_out, work.objective, *how)
+        seen = loop.look(work.model, work.held_out, work.objective, work.settings)
     except loop.Asked:
         return False
-    loss = total / count
+    loss = seen.loss
     if not math.isfinite(loss):
         raise TrainError(f"the held-out loss after step {step} is {loss}", hint="lower `lr`, raise `warmup`")
-    progress.note(VALIDATION, {"step": step, "loss": loss})
+    told = {"loss": loss, "accuracy": seen.accuracy, **seen.means(work.settings.metrics)}
+    progress.note(VALIDATION, {"step": step, **told})
     progress.looked, progress.look_s = step, time.monotonic() - began
     if progress.best_loss is None or loss < progress.best_loss:
         moving = loop.trained(work.model).items()
@@ -208,9 +208,8 @@ def _look(work: Work, progress: Progress) -> bool:
         progress.best, progress.best_loss, progress.misses, progress.best_weights = step, loss, 0, weights
     else:
         progress.misses += 1
-    work.tell(
-        Event("train", f"held-out loss {loss:.4f}", step, work.settings.steps, {"validation_loss": loss})
-    )
+    facts = {f"validation_{name}": value for name, value in told.items()}
+    work.tell(Event("train", f"held-out loss {loss:.4f}", step, work.settings.steps, facts))
     return True
 
 
@@ -219,7 +218,7 @@ def _given_up(work: Work, progress: Progress) -> bool:
 
 
 def _record(work: Work, progress: Progress, step: loop.Step) -> None:
-    names = ("step", "loss", "lr", "grad_norm", "tokens", "computed_tokens", "loss_tokens")
+    names = ("step", "loss", "lr", "grad_norm", "tokens", "computed_tokens", "loss_tokens", "accuracy")
     rss = memory.rss_bytes()
     progress.step = step.step
     progress.note(TIMINGS, {"step": step.step, "seconds": round(step.seconds, 4), "rss_bytes": rss})
@@ -227,11 +226,11 @@ def _record(work: Work, progress: Progress, step: loop.Step) -> None:
         _record_sick(work, progress, step, step.sick)
         return
     progress.in_a_row, progress.computed = 0, progress.computed + step.computed_tokens
-    progress.note(CURVE, {name: getattr(step, name) for name in names})
+    progress.note(CURVE, {name: getattr(step, name) for name in names} | dict(step.metrics))
     progress.note(LEDGER, {"step": step.step, "rows": list(step.rows)})
     facts = {
-        "loss": step.loss, "lr": step.lr, "tokens_per_s": step.tokens / step.seconds, "rss_gb": rss / 1e9,
-        "eta_s": _left_s(work, progress),
+        "loss": step.loss, "accuracy": step.accuracy, **step.metrics, "lr": step.lr, "rss_gb": rss / 1e9,
+        "tokens_per_s": step.tokens / step.seconds, "eta_s": _left_s(work, progress),
     }  # fmt: skip
     work.tell(Event("train", "training", step.step, work.settings.steps, facts))
 

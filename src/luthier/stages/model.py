@@ -15,7 +15,7 @@ from typing import Any
 
 from luthier import artifacts, plugins, template
 from luthier.errors import Interrupted, ModelError
-from luthier.rows import Chat, chat
+from luthier.rows import Row, again
 from luthier.sources import _licence, _weights
 from luthier.stages import Event, Inputs
 
@@ -67,11 +67,9 @@ def _same_licence(stated: str | None, declared: str) -> None:
         )
 
 
-def _rows(data: Path) -> list[Chat]:
+def _rows(data: Path) -> list[Row]:
     return [
-        chat(record["messages"], record["where"])
-        for split in SPLITS
-        for record in artifacts.read_jsonl(data / "rows" / f"{split}.jsonl")
+        again(record) for split in SPLITS for record in artifacts.read_jsonl(data / "rows" / f"{split}.jsonl")
     ]
 
 

@@ -28,7 +28,7 @@ from luthier.engine import batch, fit, flops, footprint, fused, head, host, layo
 from luthier.engine.footprint import Checkpointing
 from luthier.errors import DataError, PlanError
 from luthier.objectives import Batch
-from luthier.rows import Chat, chat
+from luthier.rows import again
 from luthier.stages import Event, Inputs
 from luthier.stages._elsewhere import DEVICE_TOKENS, Work, elsewhere, elsewhere_s, how, looks, roomy
 from luthier.template import Encoded
@@ -109,21 +109,21 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
     )
     if not train:
         raise DataError("the dataset has no training row", where="data")
-    ids = tuple(row.id for row in train)
+    ids = tuple(row[0].id for row in train)
     count = phase.steps or math.ceil(phase.epochs * len(ids) / phase.batch)
     steps = tuple(
-        tuple(train[row] for row in batch.rows_of(ids, phase.batch, inputs.seed, step))
+        tuple(batch.flat(train[row] for row in batch.rows_of(ids, phase.batch, inputs.seed, step)))
         for step in range(1, count + 1)
     )
-    looked = batch.order(tuple(row.id for row in validation), inputs.seed, "validation")
+    looked = batch.order(tuple(row[0].id for row in validation), inputs.seed, "validation")
     outline = bases.outline(folder)
     shape = footprint.shape(
         outline, phase.method.module.ranks(outline, phase.method.params), 2 if dtype == "bfloat16" else 4,
         mapped=device is None and bases.stored(folder) == {dtype},
     )  # fmt: skip
     need = fit.Work(
-        shape, steps, tuple(validation[row] for row in looked[: phase.validation.rows]),
-        how(device, native.can_compile()), 0 if device else sum(len(row.ids) for row in train),
+        shape, steps, tuple(batch.flat(validation[row] for row in looked[: phase.validation.rows])),
+        how(device, native.can_compile()), 0 if device else sum(len(one.ids) for one in batch.flat(train)),
     )  # fmt: skip
     return Work(batch.Loader(ids, dict(enumerate(train)), phase.batch, MICRO_TOKENS, inputs.seed), need)
 
@@ -152,16 +152,17 @@ def _even(work: Work, processes: int) -> int:
     return max(work.need.longest, min(MICRO_TOKENS, usual))
 
 
-def _encoded(split: str, longest: int, inputs: Inputs, tokenizer: Any) -> list[Encoded]:
+def _encoded(split: str, longest: int, inputs: Inputs, tokenizer: Any) -> list[tuple[Encoded, ...]]:
     records = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / f"{split}.jsonl")
-    chats: list[Chat] = [chat(record["messages"], record["where"]) for record in records]
-    rows = template.encode_all(tokenizer, chats)
-    for row, source in zip(rows, chats, strict=True):
-        if len(row.ids) > longest:
+    read = [again(record) for record in records]
+    rows = template.encode_rows(tokenizer, read)
+    for row, source in zip(rows, read, strict=True):
+        if (tokens := max(len(one.ids) for one in row)) > longest:
+            most = max(len(one.ids) for one in batch.flat(rows))
             raise PlanError(
-                f"this row has {len(row.ids)} tokens; plan.max_length is {longest}",
-                where=f"{source.where} (row {row.id})",
-                hint=f"plan.max_length: {max(len(row.ids) for row in rows)} would take every {split} row",
+                f"this row has {tokens} tokens; plan.max_length is {longest}",
+                where=f"{source.where} (row {source.id})",
+                hint=f"plan.max_length: {most} would take every {split} row",
             )
     return rows
 
@@ -200,7 +201,7 @@ def _too_big(work: Work, phase: Any, among: tuple[float, int], choice: tuple[Kin
             offers.append(f"plan.checkpointing: {kind.value}")
             break
     if length := fit.shorter(need, allowed):
-        longer = sum(len(row.ids) > length for row in work.loader.rows.values())
+        longer = sum(max(len(one.ids) for one in row) > length for row in work.loader.rows.values())
         offers.append(f"plan.max_length: {length} ({longer} of {len(work.loader.rows)} rows are longer)")
     if rank := _smaller_rank(need, phase, allowed):
         offers.append(f"train.0.method.r: {rank}")
@@ -345,6 +346,7 @@ def _warnings(phase: Any, work: Work) -> list[str]:
 
 def _decisions(phase: Any, work: Work, chosen: fit.Choice) -> dict[str, Any]:
     rows, shape = work.loader.rows.values(), work.need.shape
+    lengths = [len(one.ids) for one in batch.flat(rows)]
     return {
         "steps": work.steps,
         "batch": phase.batch,
@@ -352,9 +354,9 @@ def _decisions(phase: Any, work: Work, chosen: fit.Choice) -> dict[str, Any]:
         "tokens": work.tokens,
         "computed_tokens": sum(at.tokens for at in chosen.layouts),
         "loss_tokens": sum(at.loss_tokens for at in chosen.layouts),
-        "tokens_per_epoch": sum(len(row.ids) for row in rows),
-        "longest_row": max(len(row.ids) for row in rows),
-        "validation_rows": len(work.need.validation),
+        "tokens_per_epoch": sum(lengths),
+        "longest_row": max(lengths),
+        "validation_rows": len(batch.bonds(work.need.validation)),
         "trainable_parameters": shape.trainable,
         "trainable_share": round(shape.trainable / (shape.parameters + shape.trainable), 6),
         "micro_tokens": chosen.micro_tokens,

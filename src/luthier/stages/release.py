@@ -21,7 +21,7 @@ from luthier import artifacts, cards, template
 from luthier.engine.generate import Runtime, Sampling
 from luthier.errors import Interrupted, LuthierError
 from luthier.gates import Evidence, Verdict
-from luthier.rows import chat
+from luthier.rows import again
 from luthier.stages import STAGES, Event, Inputs
 from luthier.store import RequestRecord
 
@@ -103,9 +103,7 @@ def _evidence(inputs: Inputs) -> tuple[Evidence, Rehearsal]:
     card = artifacts.read_json(evaluate / "scorecard.json")
     rows = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / f"{card.get('split', 'test')}.jsonl")
     random.Random(inputs.seed).shuffle(rows)
-    probes = [
-        template.prompt_ids(tokenizer, chat(row["messages"], row["where"]).prompt) for row in rows[:PROBES]
-    ]
+    probes = [template.prompt_ids(tokenizer, again(row).prompt) for row in rows[:PROBES]]
     longest = int(card["max_new_tokens"])
     rehearsal = Rehearsal(inputs, template.stop_ids(tokenizer), longest)
     evidence = Evidence(

@@ -27,7 +27,7 @@ from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
 from luthier.objectives import Batch
-from luthier.rows import chat
+from luthier.rows import again
 from luthier.stages import Event, Inputs
 from luthier.stages._descent import CURVE, JOURNALS, SAVES, TIMINGS, Progress, Work, descend, resume
 from luthier.template import Encoded
@@ -98,7 +98,7 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
     settings = loop.Settings(
         steps=plan["steps"], lr=phase.lr, seed=inputs.seed, warmup=phase.warmup, schedule=phase.schedule,
         weight_decay=phase.weight_decay, clip=phase.clip, on_sick=phase.on_sick, spike=phase.spike,
-        formulas=formulas, place=place,
+        metrics=getattr(objective.module, "METRICS", ()), formulas=formulas, place=place,
     )  # fmt: skip
     micro_tokens = plan["micro_tokens"]
 
@@ -112,7 +112,9 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
         loader=batch.Loader(
             ids, dict(zip(needed, encoded, strict=True)), phase.batch, micro_tokens, inputs.seed
         ),
-        held_out=batch.micro_batches(_encode(tokenizer, [held_out[row] for row in looked]), micro_tokens),
+        held_out=batch.micro_batches(
+            batch.flat(_encode(tokenizer, [held_out[row] for row in looked])), micro_tokens
+        ),
         objective=_interruptible(objective, stopping if place.in_step else inputs.stopping),
         settings=settings,
         tokens=plan["computed_tokens"],
@@ -147,8 +149,8 @@ def _rows(inputs: Inputs, split: str) -> Path:
     return inputs.artefacts["data"] / "rows" / f"{split}.jsonl"
 
 
-def _encode(tokenizer: Any, records: Sequence[Any]) -> list[Encoded]:
-    return template.encode_all(tokenizer, [chat(record["messages"], record["where"]) for record in records])
+def _encode(tokenizer: Any, records: Sequence[Any]) -> list[tuple[Encoded, ...]]:
+    return template.encode_rows(tokenizer, [again(record) for record in records])
 
 
 def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
