@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.errors import DataError
-from luthier.rows import Pair, Role, again, chat, conversation, pair
+from luthier.rows import Pair, Prompt, Role, again, chat, conversation, pair, prompt
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
@@ -91,4 +93,28 @@ def test_what_is_no_preference_is_refused_with_its_place(
 ) -> None:
     with pytest.raises(DataError, match=words) as caught:
         pair(prompt, chosen, rejected, "rows.jsonl:3")
+    assert caught.value.where is not None and caught.value.where.startswith("rows.jsonl:3")
+
+
+def test_a_prompt_ends_with_the_user_keeps_its_fields_and_comes_back_from_its_record() -> None:
+    row = prompt(PROMPT, {"reference_answer": {"a": [1, None]}, "n": 4}, "a.jsonl:1")
+    back = again({**row.as_record(), "where": "b.jsonl:9"})
+    assert isinstance(back, Prompt) and (back.id, back.item, back.prompt) == (row.id, row.item, row.prompt)
+    assert row.documents == () and row.answer == ""
+    assert prompt(PROMPT, {"n": 5}, "a.jsonl:1").id != row.id
+
+
+@pytest.mark.parametrize(
+    ("messages", "item", "words"),
+    [
+        ([*PROMPT, *turns(("assistant", "a"))], {}, "must end with the user"),
+        ([], {}, "non-empty list"),
+        (PROMPT, {"a": float("nan")}, "not a JSON value"),
+        (PROMPT, {"a": {1, 2}}, "not a JSON value"),
+        (PROMPT, {"a": "\ud800"}, "not a JSON value"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_with_its_place(messages: object, item: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        prompt(messages, item, "rows.jsonl:3")
     assert caught.value.where is not None and caught.value.where.startswith("rows.jsonl:3")

@@ -55,6 +55,9 @@ class Data(Section):
     sources: tuple[Source, ...] = Field(min_length=1)
     split: Split = Split()
     dedup: Literal["exact", "none"] = "exact"
+    rows: Literal["Chat", "Pair", "Prompt"] | None = Field(
+        default=None, description="what a row is; default: what the objective reads"
+    )
 
 
 class Model(Section):
@@ -187,8 +190,19 @@ class Recipe(Section):
     release: Release
     monitor: Monitor = Monitor()
 
+    @model_validator(mode="after")
+    def _rows_are_what_the_objective_reads(self) -> Recipe:
+        wanted = self.train[0].objective.module.ROWS
+        if self.data.rows not in (None, wanted):
+            raise ValueError(
+                f"`data.rows` is {self.data.rows!r}; {self.train[0].objective.name} reads {wanted!r}"
+            )
+        return self
+
     def section(self, stage: str) -> Any:
         """The part of the recipe that one stage acts on."""
+        if stage == "data":
+            return self.data.model_copy(update={"rows": self.train[0].objective.module.ROWS})
         return Planning(budget=self.plan, phases=self.train) if stage == "plan" else getattr(self, stage)
 
     def asked(self, stage: str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Row types: what one example is. A `Chat` is a conversation whose last word is the assistant's; a `Pair` is
-a prompt with two answers, of which one was preferred.
+a prompt with two answers, of which one was preferred; a `Prompt` is a question alone, with what a grader
+needs to judge answers to it.
 
 Sources: the `messages` form of chat fine-tuning files (system?, then user and assistant in turn); for pairs
-the prompt, chosen and rejected of Rafailov et al. 2023 (arXiv 2305.18290), section 3.
+the prompt, chosen and rejected of Rafailov et al. 2023 (arXiv 2305.18290), section 3; for prompts the lines
+of OpenAI's reinforcement fine-tuning, whose fields beside `messages` a grader reads as `item`.
 This module does not know tokens, templates, files or tensors.
 """
 
@@ -90,7 +92,30 @@ class Pair:
         )
 
 
-Row = Chat | Pair
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation whose last word is the user's, and the fields of its row: JSON values by name."""
+
+    prompt: tuple[Message, ...]
+    item: Mapping[str, Any]
+    where: str
+    id: str
+
+    @property
+    def answer(self) -> str:
+        """There is none: it is for the model to give."""
+        return ""
+
+    def as_record(self) -> dict[str, object]:
+        return {"id": self.id, "where": self.where, "prompt": dicts(self.prompt), "item": dict(self.item)}
+
+    @property
+    def documents(self) -> tuple[Chat, ...]:
+        """What is learnt is not in the row."""
+        return ()
+
+
+Row = Chat | Pair | Prompt
 
 
 def dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -127,15 +152,34 @@ def pair(prompt: object, chosen: object, rejected: object, where: str) -> Pair:
     return Pair(asked, sides[0], sides[1], where, name)
 
 
+def prompt(messages: object, item: Mapping[str, Any], where: str) -> Prompt:
+    """Read a question and its fields; raise `DataError` naming `where` if the last turn is not the user's."""
+    turns = conversation(messages, where)
+    if turns[-1].role is not Role.USER:
+        raise DataError(
+            f"the last turn is {turns[-1].role.value!r}; a prompt must end with the user's question",
+            where=where,
+            hint="leave the assistant's answer out: the model gives its own, and the grader judges it",
+        )
+    try:
+        json.dumps(item, ensure_ascii=False).encode("utf-8")
+        name = _named([dicts(turns), item])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a field of the row is not a JSON value: {error}", where=where) from error
+    return Prompt(turns, item, where, name)
+
+
 def again(record: Mapping[str, Any]) -> Row:
     """The row that `as_record` made this of."""
+    if "item" in record:
+        return prompt(record["prompt"], record["item"], record["where"])
     if "chosen" in record:
         return pair(record["prompt"], record["chosen"], record["rejected"], record["where"])
     return chat(record["messages"], record["where"])
 
 
 def _named(content: object) -> str:
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

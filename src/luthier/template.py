@@ -110,11 +110,17 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row]) -> list[tuple[Encoded, ...]
 def check(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
     """Prove the template on every row before anything is trained; facts say how much there is to learn."""
     chats = [document for row in rows for document in row.documents]
+    asked = [row for row in rows if not row.documents]  # nothing is learnt of them, but they must render
     control = _control_of(tokenizer)
     literal = [
         chat.where for chat in chats if control and any(control.search(m.content) for m in chat.messages)
     ]
     tokens, learnt, longest, longest_where = 0, 0, 0, ""
+    for question in asked:
+        ids = prompt_ids(tokenizer, question.prompt)
+        tokens += len(ids)
+        if len(ids) > longest:
+            longest, longest_where = len(ids), question.where
     for start in range(0, len(chats), CHUNK_ROWS):
         some = chats[start : start + CHUNK_ROWS]
         for chat, row in zip(some, encode_all(tokenizer, some), strict=True):

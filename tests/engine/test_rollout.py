@@ -72,7 +72,7 @@ def test_the_policy_follows_the_weights_that_train(policy: Policy, tiny_base: Pa
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
             eos_token_id=2, pad_token_id=2,
         )[0, len(prompt.ids) :].tolist()  # fmt: skip
-        assert policy.greedy([prompt.ids], 12, STOP) == [plain]
+        assert policy.greedy([prompt.ids], HOW, lambda done, whole: None) == [plain]
 
 
 def test_weights_of_another_shape_are_refused(policy: Policy, tiny_base: Path) -> None:

@@ -202,3 +202,35 @@ def test_a_recipe_may_train_on_every_row_and_hold_none_out(tmp_path: Path) -> No
     part = section({"train": "a.jsonl"}, split={"validation": 0, "test": 0})
     facts = data.run(part, inputs(tmp_path), tmp_path / "out")
     assert facts["rows"] == {"train": 10, "validation": 0, "test": 0}
+
+
+def test_prompts_for_a_grader_are_split_and_keep_their_fields(tmp_path: Path) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": f"q{n}"}], "reference_answer": {"n": n}} for n in range(20)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    source = {"from": {"name": "files", "files": {"all": "a.jsonl"}}, "licence": "MIT", "purpose": "tests"}
+    facts = data.run(
+        Data.model_validate({"sources": [source], "rows": "Prompt"}), inputs(tmp_path), tmp_path / "out"
+    )
+    assert facts["rows"] == {"train": 16, "validation": 2, "test": 2}
+    assert facts["answers"]["test"] == {"(the model's own)": 2}
+    found = [record for split in SPLITS for record in read(tmp_path / "out", split)]
+    assert all(
+        record["prompt"][0]["content"] == f"q{record['item']['reference_answer']['n']}" for record in found
+    )
+    lines[3]["messages"].append({"role": "assistant", "content": "said"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    with pytest.raises(DataError, match=r"a\.jsonl:4.*must end with the user"):
+        data.run(
+            Data.model_validate({"sources": [source], "rows": "Prompt"}), inputs(tmp_path), tmp_path / "b"
+        )
+
+
+def test_a_column_may_be_both_asked_and_graded(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [(f"q{n}", "yes") for n in range(20)])
+    one = section({"all": "a.jsonl"}).model_copy(update={"rows": "Prompt"})
+    data.run(one, inputs(tmp_path), tmp_path / "out")
+    found = read(tmp_path / "out", "test")[0]
+    assert found["prompt"] == [{"role": "user", "content": found["item"]["text"]}]
+    assert found["item"]["label"] == "yes"

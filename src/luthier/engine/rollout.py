@@ -95,10 +95,10 @@ class Policy:
         return [found[n] for n in range(len(prompts))]
 
     def greedy(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: frozenset[int]
+        self, prompts: Sequence[Sequence[int]], how: Drawing, tell: Callable[[int, int], None]
     ) -> list[list[int]]:
         """The likeliest answer to each prompt."""
-        return self.runtime.greedy(prompts, max_new_tokens, POLICY, stop_ids)
+        return self.runtime.greedy(prompts, how.max_new_tokens, POLICY, how.stop_ids, tell)
 
 
 def _together(prompts: Sequence[Asked], how: Drawing) -> Iterator[list[int]]:

@@ -93,6 +93,14 @@ def score(part: Part, answer: str, item: Mapping[str, Any], ask: Ask) -> float:
     return found
 
 
+def reward(part: Part, answer: str, item: Mapping[str, Any], ask: Ask) -> tuple[float, bool]:
+    """The score as a reward, and whether the rule could read the answer: one it cannot read earns nothing."""
+    try:
+        return score(part, answer, item, ask), True
+    except _paths.Unreadable:
+        return 0.0, False
+
+
 def nobody(question: Question) -> str:
     """The `ask` of a place where there is no model to ask."""
     raise GraderError(f"there is no model {question.model!r} to ask here")

@@ -1,7 +1,8 @@
-"""How a flat record becomes a conversation: value maps, then `{column}` replaced once, literally.
+"""How a record becomes a row: its own `messages`, or value maps and `{column}` replaced once, literally.
 
-Source: the recipe's `chat` and `values`. Replacement is a single pass over the form, so braces inside a
-record's text come out as they are and can never name another column. `{{` and `}}` stand for braces.
+Source: the recipe's `chat` and `values`; which kind of row is asked for is the objective's to say. A prompt
+keeps the record's other fields, for the grader. Replacement is a single pass over the form, so braces inside
+a record's text come out as they are and can never name another column. `{{` and `}}` stand for braces.
 This module does not know files, splits or tokens.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 from luthier.errors import DataError
 from luthier.plugins import unknown
-from luthier.rows import Chat, chat
+from luthier.rows import Row, chat, prompt
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}\n]*)\}")
 _BRACES = {"{{": "{", "}}": "}"}
@@ -31,8 +32,10 @@ class Form:
     values: Mapping[str, Mapping[str, str]]
 
 
-def read(record: Mapping[str, Any], form: Form | None, where: str) -> Chat:
-    """The record as a conversation: through `form`, or from its own `messages` when there is none."""
+def read(record: Mapping[str, Any], form: Form | None, where: str, kind: str = "Chat") -> Row:
+    """The record as a row of that kind: through `form`, or from its own `messages` when there is none."""
+    if kind == "Prompt":
+        return _prompt(record, form, where)
     if form is None:
         if "messages" not in record:
             raise DataError(
@@ -46,6 +49,19 @@ def read(record: Mapping[str, Any], form: Form | None, where: str) -> Chat:
     if form.system is not None:
         turns.insert(0, ("system", form.system))
     return chat([{"role": role, "content": _filled(text, columns, where)} for role, text in turns], where)
+
+
+def _prompt(record: Mapping[str, Any], form: Form | None, where: str) -> Row:
+    """The question, and every other field as the grader's; the form's columns are fields too."""
+    if form is None:
+        if "messages" not in record:
+            raise DataError(f"the record has no `messages` (it has: {_named(record)})", where=where)
+        item = {name: value for name, value in record.items() if name != "messages"}
+        return prompt(record["messages"], item, where)
+    columns = _mapped(record, form.values, where)
+    turns = [("user", form.user)] if form.system is None else [("system", form.system), ("user", form.user)]
+    said = [{"role": role, "content": _filled(text, columns, where)} for role, text in turns]
+    return prompt(said, columns, where)
 
 
 def _mapped(record: Mapping[str, Any], values: Mapping[str, Mapping[str, str]], where: str) -> dict[str, Any]:

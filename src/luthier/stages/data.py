@@ -1,4 +1,4 @@
-"""Stage 1, data: declared sources become three disjoint splits of conversations, and a card that says so.
+"""Stage 1, data: declared sources become three disjoint splits of rows, and a card that says so.
 
 Order: licence and purpose first, then reading, value maps and chat form, the split, exact de-duplication,
 and the removal of leaks (a prompt that also stands in a split of higher rank: test, validation, train).
@@ -19,7 +19,7 @@ from typing import Any
 
 from luthier import artifacts, plugins
 from luthier.errors import DataError, Interrupted
-from luthier.rows import Chat, Message, dicts
+from luthier.rows import Message, Row, dicts
 from luthier.sources import _form, _licence, _records
 from luthier.stages import Event, Inputs
 
@@ -29,7 +29,7 @@ LABELS = (*SPLITS, "all")
 CLASSES = 20  # with more distinct answers than this they are texts, not classes
 TELL_ROWS = 5000
 
-Pools = Mapping[str, Sequence[Chat]]
+Pools = Mapping[str, Sequence[Row]]
 Prompt = tuple[Message, ...]
 
 
@@ -37,7 +37,7 @@ Prompt = tuple[Message, ...]
 class Divided:
     """Three disjoint splits, and what was left out or is doubtful."""
 
-    rows: Mapping[str, tuple[Chat, ...]]
+    rows: Mapping[str, tuple[Row, ...]]
     duplicates: int
     leaks: Mapping[str, int]
     contradictions: tuple[tuple[str, ...], ...]
@@ -59,7 +59,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     pools: list[Pools] = []
     files: list[list[dict[str, Any]]] = []
     for n, source in enumerate(section.sources):
-        pool, read = _read(source, f"data.sources.{n}", inputs)
+        pool, read = _read(source, f"data.sources.{n}", inputs, section.rows or "Chat")
         pools.append(pool)
         files.append(read)
     divided = divide(pools, section.split, inputs.seed, dedup=section.dedup == "exact")
@@ -109,8 +109,8 @@ def _permitted(section: Any) -> None:
             )
 
 
-def _read(source: Any, where: str, inputs: Inputs) -> tuple[Pools, list[dict[str, Any]]]:
-    """All conversations of a source by label, and what each of its files was."""
+def _read(source: Any, where: str, inputs: Inputs, kind: str) -> tuple[Pools, list[dict[str, Any]]]:
+    """All rows of a source by label, and what each of its files was."""
 
     def tell(message: str, done: int | None, total: int | None) -> None:
         if inputs.stopping():
@@ -127,13 +127,13 @@ def _read(source: Any, where: str, inputs: Inputs) -> tuple[Pools, list[dict[str
     )
     if source.values and not source.chat:
         raise DataError("`values` needs `chat`: it maps columns, not messages", where=f"{where}.values")
-    pools: dict[str, list[Chat]] = {}
+    pools: dict[str, list[Row]] = {}
     files = []
     for label, path in sorted(paths.items()):
         name = origin.params.files[label]
         rows = pools[label] = []
         for record, place in _records.read(path, name):
-            rows.append(_form.read(record, form, place))
+            rows.append(_form.read(record, form, place, kind))
             if len(rows) % TELL_ROWS == 0:
                 tell(f"reading {name}", len(rows), None)
         if not rows:
@@ -145,7 +145,7 @@ def _read(source: Any, where: str, inputs: Inputs) -> tuple[Pools, list[dict[str
 
 def divide(pools: Sequence[Pools], shares: Any, seed: int, *, dedup: bool) -> Divided:
     """Rows into splits, as declared or by seed and content; then no row twice, no prompt in two splits."""
-    rows: dict[str, list[Chat]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for pool in pools:
         for split, some in _declared(pool, shares, seed).items():
             rows[split] += some
@@ -175,11 +175,11 @@ def divide(pools: Sequence[Pools], shares: Any, seed: int, *, dedup: bool) -> Di
     )
 
 
-def _declared(pool: Pools, shares: Any, seed: int) -> dict[str, list[Chat]]:
+def _declared(pool: Pools, shares: Any, seed: int) -> dict[str, list[Row]]:
     """A source's own splits; those that it does not declare are held out of its `train` and `all` rows."""
     found = {split: list(pool.get(split, ())) for split in ("test", "validation")}
     open_rows = [*pool.get("train", ()), *pool.get("all", ())]
-    groups: dict[Prompt, list[Chat]] = defaultdict(list)
+    groups: dict[Prompt, list[Row]] = defaultdict(list)
     for row in open_rows:
         groups[row.prompt].append(row)
     strata = _strata(groups, seed, stratified=shares.by == "stratified")
@@ -190,14 +190,14 @@ def _declared(pool: Pools, shares: Any, seed: int) -> dict[str, list[Chat]]:
         for stratum, quota in _quotas({name: len(order) for name, order in strata.items()}, share).items():
             free = [prompt for prompt in strata[stratum] if prompt not in chosen]
             chosen.update(dict.fromkeys(free[:quota], split))
-    rows: dict[str, list[Chat]] = {"train": [], **found}
+    rows: dict[str, list[Row]] = {"train": [], **found}
     for row in open_rows:
         rows[chosen.get(row.prompt, "train")].append(row)
     return rows
 
 
 def _strata(
-    groups: Mapping[Prompt, Sequence[Chat]], seed: int, *, stratified: bool
+    groups: Mapping[Prompt, Sequence[Row]], seed: int, *, stratified: bool
 ) -> dict[str, list[Prompt]]:
     """Prompts in the order of their hash, by answer if answers are classes; else all together."""
     answer = {prompt: min(rows, key=lambda row: row.id).answer for prompt, rows in groups.items()}
@@ -224,9 +224,9 @@ def _quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
     return quotas
 
 
-def _answers(rows: Sequence[Chat]) -> dict[str, int]:
+def _answers(rows: Sequence[Row]) -> dict[str, int]:
     """How often each answer stands, if answers are classes; else how many different ones there are."""
-    counts = Counter(row.answer for row in rows)
+    counts = Counter(row.answer or "(the model's own)" for row in rows)
     return dict(sorted(counts.items())) if len(counts) <= CLASSES else {"(distinct texts)": len(counts)}
 
 
