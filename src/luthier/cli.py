@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import signal
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from luthier import tables
-from luthier.errors import LuthierError
+from luthier.door import AsJson, Home, errors, results
+from luthier.door import answer as _answer
+from luthier.door import door as _door
 
 if TYPE_CHECKING:
     from luthier.pipeline import Stop
@@ -33,16 +33,12 @@ app = typer.Typer(
     help="Raw rows to a governed, served, reversible fine-tuned language model.",
     epilog="Start with: luthier run examples/guard.yaml",
 )
-errors = Console(stderr=True, emoji=False)
-results = Console(emoji=False)
 
 Recipe = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
 Model = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME@DIGEST", show_default=False)]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="override, e.g. train.0.lr=1e-4")
 ]
-Home = Annotated[Path | None, typer.Option("--home", help="default: $LUTHIER_HOME, else ~/.luthier")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of words")]
 
 
 @app.command()
@@ -215,50 +211,6 @@ def _spoken(message: str | None) -> Iterator[str]:
             return
         if line.strip():
             yield line
-
-
-def _answer(as_json: bool, ask: Callable[[Any], Any], draw: Callable[[Console, Any], None]) -> Any:
-    with _door(as_json):
-        from luthier import api
-
-        answer = ask(api)
-        if as_json:
-            print(json.dumps(answer), flush=True)
-        else:
-            draw(results, answer)
-    return answer
-
-
-@contextmanager
-def _door(as_json: bool) -> Iterator[None]:
-    """The boundary: our errors become a sentence and an exit code; anything else is a bug and says so."""
-    try:
-        yield
-    except LuthierError as error:
-        if as_json:
-            body = {
-                "kind": type(error).__name__,
-                "what": error.what,
-                "where": error.where,
-                "hint": error.hint,
-            }
-            print(json.dumps({"error": body}), flush=True)
-        errors.print(f"[bold red]{type(error).__name__}[/] ", end="")
-        errors.print(_printable(str(error)), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(error.exit_code) from None
-    except (BrokenPipeError, KeyboardInterrupt):
-        raise typer.Exit(75) from None
-    except typer.Exit:
-        raise
-    except Exception as error:  # noqa: BLE001 - the outermost boundary of the program
-        errors.print(traceback.format_exc(), markup=False, highlight=False)
-        errors.print(f"[bold red]A bug in luthier:[/] {type(error).__name__}; please report the above.")
-        raise typer.Exit(70) from None
-
-
-def _printable(text: str) -> str:
-    """Texts from files may hold terminal commands; they are shown, not obeyed."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
 
 
 def main() -> None:
