@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -156,3 +158,47 @@ def test_a_port_in_use_is_named_before_anything_is_loaded(world: World) -> None:
 def test_a_door_that_cannot_open_is_a_serve_error(world: World, door: Door) -> None:
     with pytest.raises(ServeError):
         serve(world.store, world.home, door, lambda said: None)
+
+
+def test_a_killed_engine_ends_a_stream_in_an_error_and_the_server_answers_on(server: Server) -> None:
+    client = server.ensure()
+    assert server.process is not None
+    with (
+        client.open() as http,
+        http.stream(
+            "POST", "/v1/chat/completions", json=body("hello there", stream=True, max_tokens=1900)
+        ) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        (engine,) = children(server.process.pid)
+        os.kill(engine, signal.SIGKILL)
+        rest = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
+    assert rest[-1]["error"]["type"] == "server_error"
+    assert not any(choice["finish_reason"] for said in rest[:-1] for choice in said["choices"])
+    assert client.ask(body("hello there", max_tokens=4)).status_code == 200
+    assert httpx.get(f"{client.url}/health", verify=False).json() == {"status": "ok"}
+
+
+def test_a_killed_server_leaves_no_engine_behind(server: Server) -> None:
+    server.ensure()
+    assert server.process is not None
+    (engine,) = children(server.process.pid)
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{engine}/stat").exists() and not _ended(engine):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def _ended(pid: int) -> bool:
+    """A zombie has ended; whoever took it over has only not looked yet."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True

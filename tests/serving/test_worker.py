@@ -110,8 +110,8 @@ def test_unused_adapters_and_bases_make_room_for_others(
     foreign = publish_release(world.home, world.store, other, tmp_path, seed=94)
     for digest in (*world.releases, foreign, world.releases[0]):
         "".join(service.talk(f"guard@{digest}", asked("hi"), Options(2)))
-    assert list(service.worker._bases) == [service.router.resolve("guard").base_digest]
-    assert [len(runtime.adapters) for runtime in service.worker._bases.values()] == [1]
+    assert list(service.engine._bases) == [service.router.resolve("guard").base_digest]
+    assert [len(runtime.adapters) for runtime in service.engine._bases.values()] == [1]
 
 
 def test_an_adapter_that_cannot_be_loaded_fails_its_request_and_no_other(

@@ -32,4 +32,4 @@ def serve(
     from luthier.store import Store
 
     opened = Home.at(home)
-    server.serve(Store.open(opened.path), opened, server.Door(host, port, key), announce)
+    server.serve(Store.open(opened.path), opened, server.Door(host, port, key, apart=True), announce)

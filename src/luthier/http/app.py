@@ -55,8 +55,7 @@ def create_app(service: Service, key: str) -> FastAPI:
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether answers can be given; asks for no key and says nothing about models."""
-        alive = service.worker.alive
-        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+        return JSONResponse({"status": service.state}, 200 if service.worker.alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -63,8 +63,9 @@ def status(error: Exception) -> int:
 
 def response(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
     extra = dict(headers or {})
-    if isinstance(error, Busy):
-        extra["retry-after"] = str(error.retry_after_s)
+    wait_s = getattr(error, "retry_after_s", None)
+    if wait_s is not None:
+        extra["retry-after"] = str(wait_s)
     if isinstance(error, TooLarge):
         extra["connection"] = "close"  # the rest of the body was not read
     return JSONResponse(body(error), status(error), headers=extra)

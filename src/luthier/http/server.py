@@ -33,13 +33,15 @@ BEAT_S = 0.05
 
 @dataclass(frozen=True)
 class Door:
-    """Where to listen and how much to take on. Without a `key` a new one is made; set `stop` to end it."""
+    """Where to listen and how much to take on. Without a `key` a new one is made; set `stop` to end it.
+    `apart`: the engine is a process of its own."""
 
     host: str = "127.0.0.1"
     port: int = 8321
     key: str | None = None
     limits: Limits = DEFAULTS
     threads: int | None = None
+    apart: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -48,7 +50,7 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
     if door.key is not None and len(door.key) < 8:
         raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
     key = door.key or new_key()
-    service = Service(store, home, door.limits, door.threads)
+    service = Service(store, home, door.limits, door.threads, door.apart)
     with _claimed(door.host, door.port) as claimed, _signals(door.stop), service:
         service.warm()
         config = uvicorn.Config(

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from luthier.engine.generate import Sampling
 from luthier.errors import DataError, LuthierError, ModelError
 from luthier.home import Home
 from luthier.rows import Message
+from luthier.serving.desk import QUEUE, Desk, Turn
+from luthier.serving.engine_process import EngineProcess
 from luthier.serving.journal import Journal
 from luthier.serving.limits import DEFAULTS, Limits
 from luthier.serving.router import Router, Target
-from luthier.serving.text import Unfolding
 from luthier.serving.worker import Ask, End, Event, Failed, Said, Sink, Worker
 from luthier.store import Store
 
@@ -50,11 +51,9 @@ class TooLong(DataError):
 
 @dataclass(frozen=True)
 class Voice:
-    """What a base brings along besides weights. Two tokenizers, because reading one changes its state:
-    `reader` is used under `lock`, `writer` by the worker's thread alone."""
+    """What a base brings along besides weights. Reading changes a tokenizer's state: `lock` guards it."""
 
     reader: Any
-    writer: Any
     stop_ids: frozenset[int]
     context: int
     widest: int
@@ -65,7 +64,6 @@ class Voice:
         reader = template.load_tokenizer(base)
         return cls(
             reader=reader,
-            writer=template.load_tokenizer(base),
             stop_ids=template.stop_ids(reader),
             context=_context(base),
             widest=max(map(len, reader.get_vocab())),
@@ -88,11 +86,18 @@ class Service:
     """Open with `with`, or `start` and `close`."""
 
     def __init__(
-        self, store: Store, home: Home, limits: Limits = DEFAULTS, threads: int | None = None
+        self,
+        store: Store,
+        home: Home,
+        limits: Limits = DEFAULTS,
+        threads: int | None = None,
+        apart: bool = False,
     ) -> None:
+        """`apart`: the engine is a process of its own, and comes back when it crashes."""
         self.limits = limits
         self.router = Router(store, home)
-        self.worker = Worker(self.limits, threads)
+        self.engine = (EngineProcess if apart else Worker)(replace(limits, waiting=QUEUE), threads)
+        self.worker = Desk(self.engine, limits)
         self.journal = Journal(store)
         self._voices: dict[str, Voice] = {}
         self._loading = threading.Lock()
@@ -141,11 +146,18 @@ class Service:
             top_p=options.top_p,
             seed=options.seed,
         )
-        return Ask(target, ids, sampling, voice.stop_ids, Unfolding(voice.writer, options.stops))
+        return Ask(target, ids, sampling, voice.stop_ids, options.stops)
 
-    def submit(self, ask: Ask, sink: Sink) -> Callable[[], None]:
+    def submit(self, ask: Ask, sink: Sink, turn: Turn | None = None) -> Callable[[], None]:
         """Start an answer; its events come to `sink` on the worker's thread. Returns what cancels it."""
-        return self.worker.submit(ask, sink)
+        return self.worker.submit(ask, sink, turn)
+
+    @property
+    def state(self) -> str:
+        """ "ok" or "starting" while requests are taken, else what keeps them out."""
+        if isinstance(self.engine, EngineProcess):
+            return self.engine.state.value
+        return "ok" if self.engine.alive else "failed"
 
     def talk(self, model: str, messages: Sequence[Message], options: Options | None = None) -> Iterator[str]:
         """One answer in pieces, in this thread. Leaving the loop early cancels the rest."""

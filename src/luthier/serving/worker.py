@@ -5,7 +5,7 @@ OSDI 2022). A request keeps the release it began with; a cancelled one gives up 
 token; a failing one takes no other with it. Bases and adapters are loaded when first asked for and the
 longest unused one makes room.
 
-It does not know HTTP, aliases or tokenizers. Loading a base or reading a long prompt holds up the other
+It does not know HTTP, aliases or chat templates. Loading a base or reading a long prompt holds up the other
 answers for that long: there is one thread, and no chunked prefill.
 """
 
@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
+from luthier import template
 from luthier.engine.generate import Runtime, Sampling
 from luthier.errors import LuthierError, ServeError
 from luthier.serving.limits import Limits, busy
@@ -71,13 +73,13 @@ Sink = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One answer to give. `text` belongs to the worker from `submit` on."""
+    """One answer to give, as plain data."""
 
     target: Target
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     stop_ids: frozenset[int]
-    text: Unfolding
+    stops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class _Line:
     sink: Sink
     cancelled: bool = False
     stream: Iterator[int] | None = None
+    text: Unfolding | None = None
     tokens: int = 0
     began_s: float = field(default_factory=time.monotonic)
 
@@ -108,6 +111,7 @@ class Worker:
         self._active: list[_Line] = []
         self._bases: OrderedDict[str, Runtime] = OrderedDict()  # the longest unused first
         self._adapters: dict[str, OrderedDict[str, None]] = {}  # per base, the longest unused first
+        self._writers: dict[str, Any] = {}  # per base, a tokenizer that only this thread uses
         self._closing_at: float | None = None
         self._mean_s = 1.0
         self._thread = threading.Thread(target=self._run, name="luthier-worker", daemon=True)
@@ -208,11 +212,10 @@ class Worker:
         """One token for one answer. Whatever goes wrong stays within this request."""
         last: Event | None = None
         try:
-            if line.stream is None:
-                line.stream = self._begin(line.ask)
-            ended = self._say(line, next(line.stream, None))
+            stream = line.stream or self._begin(line)
+            ended = self._say(line, next(stream, None))
             if ended is not None:
-                last = End(ended, line.ask.text.close())
+                last = End(ended, line.text.close() if line.text is not None else "")
         except LuthierError as error:
             last = Failed(error)
         except Exception as error:
@@ -226,11 +229,11 @@ class Worker:
         if token is None:
             return Reason.LENGTH
         line.tokens += 1
-        if token in line.ask.stop_ids:
+        if token in line.ask.stop_ids or line.text is None:
             self._tell(line, Said(token, ""))
             return Reason.STOP
-        self._tell(line, Said(token, line.ask.text.push(token)))
-        if line.ask.text.stopped:
+        self._tell(line, Said(token, line.text.push(token)))
+        if line.text.stopped:
             return Reason.STOP
         return Reason.LENGTH if line.tokens >= line.ask.sampling.max_new_tokens else None
 
@@ -258,9 +261,12 @@ class Worker:
         else:
             done.set_result(None)
 
-    def _begin(self, ask: Ask) -> Iterator[int]:
+    def _begin(self, line: _Line) -> Iterator[int]:
+        ask = line.ask
         runtime = self._load(ask.target)
-        return runtime.stream(ask.prompt_ids, ask.sampling, ask.target.adapter_digest, ask.stop_ids)
+        line.text = Unfolding(self._writers[ask.target.base_digest], ask.stops)
+        line.stream = runtime.stream(ask.prompt_ids, ask.sampling, ask.target.adapter_digest, ask.stop_ids)
+        return line.stream
 
     def _load(self, target: Target) -> Runtime:
         """The runtime of the target's base, with its adapter in place and both marked as just used."""
@@ -270,6 +276,7 @@ class Worker:
             runtime = Runtime.load(target.base_dir, self._threads)
             self._bases[target.base_digest] = runtime
             self._adapters[target.base_digest] = OrderedDict()
+            self._writers[target.base_digest] = template.load_tokenizer(target.base_dir)
         adapters = self._adapters[target.base_digest]
         if target.adapter_digest not in adapters:
             self._drop_unused_adapters(runtime, adapters)
@@ -285,7 +292,7 @@ class Worker:
         for digest in [digest for digest in self._bases if digest not in used]:
             if len(self._bases) < self._limits.bases:
                 return
-            del self._bases[digest], self._adapters[digest]
+            del self._bases[digest], self._adapters[digest], self._writers[digest]
 
     def _drop_unused_adapters(self, runtime: Runtime, adapters: OrderedDict[str, None]) -> None:
         used = {line.ask.target.adapter_digest for line in self._active if line.stream is not None}

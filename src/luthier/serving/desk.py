@@ -1,0 +1,274 @@
+"""The queue before the engine: bounded, fair to every tenant, and shadows last.
+
+Whose turn it is: the tenant that was served least (virtual token counter; Sheng et al., OSDI 2024,
+https://arxiv.org/abs/2401.00588): a prompt token counts one, a written token two, and who comes back from
+idleness starts where the least served of the busy ones stands. When the queue is full, a newcomer takes the
+place of the latest request of the tenant that waits most often (longest queue drop; Suter et al., INFOCOM
+1998), so one tenant's flood is answered with 429 and no other tenant is. A `low` request starts only where
+no other waits, and is dropped for the first that comes.
+
+It stands in front of any engine: a thread or a process. It does not know HTTP, keys or releases.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+from luthier.errors import LuthierError, ServeError
+from luthier.serving.limits import Limits, busy
+from luthier.serving.router import Target
+from luthier.serving.worker import Ask, Counts, End, Event, Failed, Said, Sink
+
+WRITTEN = 2.0  # what a written token costs beside a read one
+QUEUE = 4096  # the desk bounds the queue; the engine's own behind it only has to be no narrower
+TENANTS = 10_000  # counters kept; the least served of the idle are forgotten beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Whose request it is. A `low` one waits for idle room and gives way to any other."""
+
+    tenant: str = "local"
+    low: bool = False
+
+
+class Dropped(ServeError):
+    """A low-priority request gave way; nobody was waiting for its answer."""
+
+
+class Engine(Protocol):
+    """What answers: `worker.Worker` in this process, or `engine_process.EngineProcess` beside it."""
+
+    def start(self) -> None: ...
+    def submit(self, ask: Ask, sink: Sink) -> Callable[[], None]: ...
+    def require_room(self) -> None: ...
+    def warm(self, target: Target) -> None: ...
+    def counts(self) -> Counts: ...
+    @property
+    def alive(self) -> bool: ...
+    def close(self, grace_s: float) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    ask: Ask
+    sink: Sink
+    turn: Turn
+    cancelled: bool = False
+    stop: Callable[[], None] | None = None  # cancels it in the engine, once it is there
+    began_s: float = field(default_factory=time.monotonic)
+
+
+class Desk:
+    """The engine's own interface, with turns: submit, require_room, warm, counts, alive, close."""
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.engine = engine
+        self._limits = limits
+        self._changed = threading.Condition()
+        self._waiting: dict[str, deque[_Line]] = {}
+        self._low: deque[_Line] = deque()
+        self._running: list[_Line] = []
+        self._served: dict[str, float] = {}
+        self._closing = False
+        self._mean_s = 1.0
+
+    def start(self) -> None:
+        self.engine.start()
+
+    def submit(self, ask: Ask, sink: Sink, turn: Turn | None = None) -> Callable[[], None]:
+        """Queue an answer; returns what cancels it. Raises `Busy`, or a `ServeError`."""
+        line = _Line(ask, sink, turn or Turn())
+        self.engine.require_room()
+        with self._changed:
+            out = self._admit(line)
+        if out is not None:
+            out.sink(Failed(self._full()))
+        self._fill()
+        return partial(self._cancel, line)
+
+    def require_room(self, turn: Turn | None = None) -> None:
+        """Raise what `submit` would raise now, before work is spent on a request."""
+        self.engine.require_room()
+        with self._changed:
+            self._require_room(turn or Turn())
+
+    def warm(self, target: Target) -> None:
+        self.engine.warm(target)
+
+    def counts(self) -> Counts:
+        """What the engine tells, with the queue that stands before it."""
+        with self._changed:
+            running, waiting = len(self._running), self._length() + len(self._low)
+        return replace(self.engine.counts(), active=running, waiting=waiting)
+
+    @property
+    def alive(self) -> bool:
+        return self.engine.alive
+
+    def close(self, grace_s: float) -> None:
+        """Refuse new requests, let others finish for up to `grace_s`, fail what is left, end the engine."""
+        until_s = time.monotonic() + grace_s
+        with self._changed:
+            self._closing = True
+            lows = [*self._low]
+            self._low.clear()
+        for line in lows:
+            line.sink(Failed(Dropped("the server is shutting down")))
+        with self._changed:
+            while (self._running or self._length()) and (left_s := until_s - time.monotonic()) > 0:
+                self._changed.wait(left_s)
+            late = [line for lines in self._waiting.values() for line in lines]
+            self._waiting.clear()
+        self.engine.close(max(0.0, until_s - time.monotonic()))
+        for line in late:
+            line.sink(Failed(_closing()))
+
+    # ---- who may come in, under the lock ---------------------------------------------------------------
+
+    def _length(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def _full(self) -> ServeError:
+        waiting = self._length()
+        turns = (waiting + 1) / self._limits.active
+        return busy(waiting, min(60, max(1, math.ceil(turns * self._mean_s))))
+
+    def _require_room(self, turn: Turn) -> None:
+        """A tenant is refused when the room is full and nobody waits more often than it does."""
+        if self._closing:
+            raise _closing()
+        if turn.low:
+            if self._length() or len(self._low) >= self._limits.active:
+                raise Dropped("no room for a low-priority request")
+            return
+        idle = self._limits.active - sum(not line.turn.low for line in self._running)
+        if self._length() < self._limits.waiting + max(0, idle):
+            return
+        if len(self._waiting.get(turn.tenant, ())) + 1 >= max(map(len, self._waiting.values()), default=0):
+            raise self._full()
+
+    def _admit(self, line: _Line) -> _Line | None:
+        """Queue it; returns the request whose place it took, if it took one."""
+        self._require_room(line.turn)
+        if line.turn.low:
+            self._low.append(line)
+            return None
+        tenant = line.turn.tenant
+        pushed = None
+        idle = self._limits.active - sum(not other.turn.low for other in self._running)
+        if self._length() >= self._limits.waiting + max(0, idle):
+            longest = max(self._waiting, key=lambda name: len(self._waiting[name]))
+            pushed = self._waiting[longest].pop()
+            pushed.cancelled = True
+        if tenant not in self._waiting and not any(other.turn.tenant == tenant for other in self._running):
+            self._catch_up(tenant)
+        self._waiting.setdefault(tenant, deque()).append(line)
+        return pushed
+
+    def _catch_up(self, tenant: str) -> None:
+        """Idleness is not saved up: a tenant that comes back stands beside the least served busy one."""
+        busy_now = {*self._waiting, *(line.turn.tenant for line in self._running)}
+        floor = min((self._served.get(name, 0.0) for name in busy_now), default=0.0)
+        self._served[tenant] = max(self._served.get(tenant, 0.0), floor)
+        if len(self._served) > TENANTS:
+            for name in sorted(
+                self._served.keys() - busy_now - {tenant}, key=lambda name: self._served[name]
+            ):
+                del self._served[name]
+                break
+
+    # ---- whose turn it is ------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Hand lines to the engine while it has places; never under the lock, for it may call back."""
+        while True:
+            with self._changed:
+                line, gives_way = self._next()
+            if gives_way is not None:
+                if gives_way.stop is not None:
+                    gives_way.stop()
+                gives_way.sink(Failed(Dropped("gave way to a request that someone waits for")))
+            if line is None:
+                return
+            try:
+                stop = self.engine.submit(line.ask, partial(self._heard, line))
+            except LuthierError as error:
+                self._heard(line, Failed(error))
+                continue
+            with self._changed:
+                line.stop = stop
+            if line.cancelled:  # while it was being handed over
+                stop()
+
+    def _next(self) -> tuple[_Line | None, _Line | None]:
+        """The line to start now, and the low one that must go for it."""
+        self._waiting = {tenant: lines for tenant, lines in self._waiting.items() if lines}
+        gives_way = None
+        if len(self._running) >= self._limits.active:
+            lows = [line for line in self._running if line.turn.low]
+            if not lows or not self._waiting:
+                return None, None
+            gives_way = lows[-1]
+            gives_way.cancelled = True
+            self._running.remove(gives_way)
+        if self._waiting:
+            tenant = min(self._waiting, key=lambda name: self._served.get(name, 0.0))
+            line = self._waiting[tenant].popleft()
+        elif self._low:
+            line = self._low.popleft()
+        else:
+            return None, None
+        self._running.append(line)
+        self._charge(line, float(len(line.ask.prompt_ids)))
+        return line, gives_way
+
+    def _charge(self, line: _Line, cost: float) -> None:
+        if not line.turn.low:
+            tenant = line.turn.tenant
+            self._served[tenant] = self._served.get(tenant, 0.0) + cost
+
+    def _heard(self, line: _Line, event: Event) -> None:
+        """The place is free before the last event is told, so whoever hears it can ask again."""
+        ended = isinstance(event, End | Failed)
+        with self._changed:
+            if line.cancelled:
+                return
+            if isinstance(event, Said):
+                self._charge(line, WRITTEN)
+            if ended:
+                self._leave(line)
+        line.sink(event)
+        if ended:
+            self._fill()
+
+    def _leave(self, line: _Line) -> None:
+        if line in self._running:
+            self._running.remove(line)
+            self._mean_s += 0.1 * (time.monotonic() - line.began_s - self._mean_s)
+        self._changed.notify_all()
+
+    def _cancel(self, line: _Line) -> None:
+        with self._changed:
+            if line.cancelled:
+                return
+            line.cancelled = True
+            queue = self._low if line.turn.low else self._waiting.get(line.turn.tenant, deque())
+            if line in queue:
+                queue.remove(line)
+            self._leave(line)
+            stop = line.stop
+        if stop is not None:
+            stop()
+        self._fill()
+
+
+def _closing() -> ServeError:
+    return ServeError("the server is shutting down", hint="ask again when it is back")
