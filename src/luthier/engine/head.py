@@ -90,6 +90,8 @@ def batch_scores(model: Any, batch: Batch, tile: int = TILE, formulas: Kernels =
         use_cache=False,
     )
     hidden_N_E = output.last_hidden_state[0].index_select(0, batch.places_N)
+    if batch.temperature != 1.0:
+        hidden_N_E = hidden_N_E / batch.temperature  # and so are the logits made of it
     head_V_E = model.get_output_embeddings().weight
     return token_scores(hidden_N_E, head_V_E, batch.targets_N, tile, formulas.settle)
 

@@ -122,7 +122,9 @@ class Placement:
     def put(self, micro: Batch) -> Batch:
         """The batch on this rank's device."""
         names = ("ids_T", "positions_T", "places_N", "targets_N", "rows_N")
-        return replace(micro, **{name: getattr(micro, name).to(self.device) for name in names})
+        sampled = ("advantages_D", "behaviour_N", "reference_N")
+        here = [name for name in (*names, *sampled) if getattr(micro, name) is not None]
+        return replace(micro, **{name: getattr(micro, name).to(self.device) for name in here})
 
     def leave(self) -> None:
         if self.world > 1:

@@ -34,6 +34,7 @@ class Batch:
     parents_S:           number of the segment that each one follows; -1 where a document begins.
     advantages_D:        of documents that the policy itself said: how much better each is than expected.
     behaviour_N:         of their targets: the log-probability under the policy that said them; None: as now.
+    reference_N:         and under the reference, where an objective asks for it.
     temperature:         what divides logits before a log-probability is taken.
     parts_D:             place of each document in its row, where rows have several: a row's documents stand
                          together, from 0 on. Empty: each document is a row.
@@ -50,6 +51,7 @@ class Batch:
     parents_S: tuple[int, ...] = ()
     advantages_D: Tensor | None = None
     behaviour_N: Tensor | None = None
+    reference_N: Tensor | None = None
     temperature: float = 1.0
     parts_D: tuple[int, ...] = ()
 

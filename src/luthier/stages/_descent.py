@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from luthier import artifacts
-from luthier.engine import batch, checkpoint, loop, memory, pace, placement
+from luthier.engine import checkpoint, loop, memory, pace, placement
 from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
-from luthier.objectives import Batch
 from luthier.stages import Event
 
 CURVE, VALIDATION, LEDGER = "curve.jsonl", "validation.jsonl", "ledger.jsonl"
@@ -46,8 +45,8 @@ class Work:
 
     model: Any
     adam: torch.optim.AdamW
-    loader: batch.Loader
-    held_out: tuple[Batch, ...]
+    loader: Any
+    held_out: tuple[Any, ...]
     objective: loop.Objective
     settings: loop.Settings
     tokens: int
@@ -57,6 +56,7 @@ class Work:
     identity: str
     stopping: Callable[[], bool]
     tell: Callable[[Event], None]
+    rollouts: Any = None
 
 
 @dataclass
@@ -151,6 +151,8 @@ def resume(work: Work) -> Progress:
         },
         journals={name: bytearray(found.journals[name]) for name in JOURNALS},
     )
+    if work.rollouts:
+        work.rollouts.restore(found.state["rollouts"])
     progress.computed = sum(row["computed_tokens"] for row in progress.noted(CURVE))
     return progress
 
@@ -166,7 +168,7 @@ def _save(work: Work, progress: Progress, saver: Saver, wait: bool) -> None:
         made = checkpoint.Checkpoint(
             step=progress.step,
             tensors={name: tensor.cpu() for name, tensor in best.items()},
-            state={**progress.state(), "identity": work.identity},
+            state={**progress.state(), "identity": work.identity, **_sampled(work)},
             journals={name: bytes(lines) for name, lines in progress.journals.items()},
         )
         live = loop.moving(work.model, work.adam).items()
@@ -176,6 +178,11 @@ def _save(work: Work, progress: Progress, saver: Saver, wait: bool) -> None:
         progress.saved = progress.step
     if wait:
         _note_save(progress, saver, wait=True)
+
+
+def _sampled(work: Work) -> dict[str, Any]:
+    """What later steps learn from and cannot draw again, as the weights have moved on."""
+    return {"rollouts": work.rollouts.state()} if work.rollouts else {}
 
 
 def _note_save(progress: Progress, saver: Saver, wait: bool) -> None:
@@ -193,13 +200,12 @@ def _look(work: Work, progress: Progress) -> bool:
         return True
     began = time.monotonic()
     try:
-        seen = loop.look(work.model, work.held_out, work.objective, work.settings)
+        told = work.rollouts.look() if work.rollouts else _seen(work)
     except loop.Asked:
         return False
-    loss = seen.loss
+    loss = told["loss"]
     if not math.isfinite(loss):
         raise TrainError(f"the held-out loss after step {step} is {loss}", hint="lower `lr`, raise `warmup`")
-    told = {"loss": loss, "accuracy": seen.accuracy, **seen.means(work.settings.metrics)}
     progress.note(VALIDATION, {"step": step, **told})
     progress.looked, progress.look_s = step, time.monotonic() - began
     if progress.best_loss is None or loss < progress.best_loss:
@@ -211,6 +217,12 @@ def _look(work: Work, progress: Progress) -> bool:
     facts = {f"validation_{name}": value for name, value in told.items()}
     work.tell(Event("train", f"held-out loss {loss:.4f}", step, work.settings.steps, facts))
     return True
+
+
+def _seen(work: Work) -> dict[str, float]:
+    """What the loss says of held-out rows."""
+    seen = loop.look(work.model, work.held_out, work.objective, work.settings)
+    return {"loss": seen.loss, "accuracy": seen.accuracy, **seen.means(work.settings.metrics)}
 
 
 def _given_up(work: Work, progress: Progress) -> bool:
@@ -226,10 +238,13 @@ def _record(work: Work, progress: Progress, step: loop.Step) -> None:
         _record_sick(work, progress, step, step.sick)
         return
     progress.in_a_row, progress.computed = 0, progress.computed + step.computed_tokens
-    progress.note(CURVE, {name: getattr(step, name) for name in names} | dict(step.metrics))
-    progress.note(LEDGER, {"step": step.step, "rows": list(step.rows)})
+    also, rows = dict(step.metrics), list(step.rows)
+    if work.rollouts:
+        also, rows = also | work.rollouts.facts, work.rollouts.rows_of(step.step)
+    progress.note(CURVE, {name: getattr(step, name) for name in names} | also)
+    progress.note(LEDGER, {"step": step.step, "rows": rows})
     facts = {
-        "loss": step.loss, "accuracy": step.accuracy, **step.metrics, "lr": step.lr, "rss_gb": rss / 1e9,
+        "loss": step.loss, "accuracy": step.accuracy, **also, "lr": step.lr, "rss_gb": rss / 1e9,
         "tokens_per_s": step.tokens / step.seconds, "eta_s": _left_s(work, progress),
     }  # fmt: skip
     work.tell(Event("train", "training", step.step, work.settings.steps, facts))

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier import metrics, template
-from luthier.engine import batch
+from luthier import artifacts, metrics, template
+from luthier.engine import batch, loop
 from luthier.engine.generate import Runtime, Sampling
 from luthier.engine.rollout import Asked, Drawing, Policy
 from luthier.errors import GraderError, TrainError
 from luthier.objectives import Batch
-from luthier.rows import Message, Prompt, Role
+from luthier.rows import Message, Prompt, Role, Row, again
+from luthier.stages import Inputs
+from luthier.stages._descent import Work
 from luthier.template import Encoded
 
 Logps = Callable[[Batch], Tensor]
@@ -107,6 +109,7 @@ class Rollouts:
     policy: Policy
     trained: Callable[[], Mapping[str, Tensor]]
     logps: Logps
+    base_logps: Logps | None
     objective: Any
     rows: Mapping[int, Prompt]
     ids: tuple[str, ...]
@@ -129,7 +132,9 @@ class Rollouts:
             made = batch.collate([found.documents[at] for at in members])
             advantages_D = torch.tensor([found.advantages[at] for at in members])
             micros.append(replace(made, advantages_D=advantages_D, temperature=params.temperature))
-        if params.iterations == 1:
+        if self.base_logps is not None:
+            micros = [replace(micro, reference_N=self.base_logps(micro)) for micro in micros]
+        if params.iterations == 1:  # the policy that learns is the one that spoke
             return tuple(micros)
         if not found.behaviour:
             found.behaviour = [self.logps(micro).tolist() for micro in micros]
@@ -137,6 +142,19 @@ class Rollouts:
             replace(micro, behaviour_N=torch.tensor(logps))
             for micro, logps in zip(micros, found.behaviour, strict=True)
         )
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the answers of the last step were worth."""
+        return self.sampled.facts if self.sampled else {}
+
+    def state(self) -> dict[str, Any] | None:
+        """The sampling, where a later step may learn from it again."""
+        once = self.objective.params.iterations == 1
+        return None if once or self.sampled is None else self.sampled.as_dict()
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        self.sampled = None if state is None else Sampled.again(state)
 
     def rows_of(self, step: int) -> list[str]:
         """The ids of the prompts that a step learns from."""
@@ -196,12 +214,71 @@ class Rollouts:
         return Sampled(number, documents, advantages, facts)
 
 
+def ready(work: Work, plan: Mapping[str, Any], inputs: Inputs) -> Work:
+    """The work of an on-policy training: steps are sampled, and held-out reward is what is looked at."""
+    phase, model, place = work.phase, work.model, work.place
+    base = inputs.artefacts["model"] / "base"
+    train, validation = (_prompts(inputs, split) for split in ("train", "validation"))
+    ids = tuple(prompt.id for prompt in train)
+    looked = batch.order(tuple(prompt.id for prompt in validation), inputs.seed, "validation")
+    held_out = tuple(validation[row] for row in looked[: phase.validation.rows])
+    for prompt in (*train, *held_out):
+        metrics.check(phase.objective.params.grader, prompt.item, prompt.where)
+    runtime = Runtime.load(base)
+    phase.method.module.save(model, inputs.scratch / "policy", "policy")
+    first = {f"weight:{name}": weight.detach().clone() for name, weight in loop.trained(model).items()}
+    how = work.settings.tile, work.settings.formulas
+
+    def logps(micro: Batch) -> Tensor:
+        """As training will compute them, bit for bit; so with gradients, of which none is used."""
+        model.eval()
+        found: Tensor = place.scores(model, place.put(micro), *how).logp_N.detach().cpu()
+        return found
+
+    @torch.no_grad()
+    def base_logps(micro: Batch) -> Tensor:
+        """With the weights training began with, which leave the base as it is."""
+        now = {f"weight:{name}": weight.detach().clone() for name, weight in loop.trained(model).items()}
+        loop.put_weights(model, first)
+        try:
+            return logps(micro)
+        finally:
+            loop.put_weights(model, now)
+
+    def heed(done: int, whole: int) -> None:
+        del done, whole
+        if work.stopping():
+            raise loop.Asked
+
+    rollouts = Rollouts(
+        exam=Exam.of(template.load_tokenizer(base), runtime, phase.objective.params.grader),
+        policy=Policy(runtime, inputs.scratch / "policy"),
+        trained=lambda: loop.trained(model),
+        logps=logps,
+        base_logps=base_logps if phase.objective.params.beta else None,
+        objective=phase.objective,
+        rows=dict(enumerate(train)),
+        ids=ids,
+        held_out=held_out,
+        batch=phase.batch,
+        micro_tokens=plan["micro_tokens"],
+        seed=inputs.seed,
+        heed=heed,
+    )
+    return replace(work, loader=rollouts, held_out=held_out, rollouts=rollouts)
+
+
+def _prompts(inputs: Inputs, split: str) -> list[Prompt]:
+    records = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / f"{split}.jsonl")
+    return [row for row in map(again, records) if isinstance(row, Prompt)]
+
+
 def sampling(step: int, params: Any) -> int:
     """The number of the sampling that a step learns from, counted from 1."""
     return (step - 1) // int(params.iterations) + 1
 
 
-def outlines(tokenizer: Any, prompts: Sequence[Prompt], params: Any) -> list[tuple[Encoded, ...]]:
+def outlines(tokenizer: Any, prompts: Sequence[Row], params: Any) -> list[tuple[Encoded, ...]]:
     """Documents as long as answers may become, no two alike: what training cannot exceed."""
     letters = [token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids]
     found = []

@@ -29,7 +29,7 @@ from luthier.engine.footprint import Checkpointing
 from luthier.errors import DataError, PlanError
 from luthier.objectives import Batch
 from luthier.rows import again
-from luthier.stages import Event, Inputs
+from luthier.stages import Event, Inputs, _rollouts
 from luthier.stages._elsewhere import DEVICE_TOKENS, Work, elsewhere, elsewhere_s, how, looks, roomy
 from luthier.template import Encoded
 
@@ -105,15 +105,17 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
     folder = inputs.artefacts["model"] / "base"
     tokenizer = template.load_tokenizer(folder)
     train, validation = (
-        _encoded(split, budget.max_length, inputs, tokenizer) for split in ("train", "validation")
+        _encoded(split, (budget.max_length, phase.objective), inputs, tokenizer)
+        for split in ("train", "validation")
     )
     if not train:
         raise DataError("the dataset has no training row", where="data")
     ids = tuple(row[0].id for row in train)
-    count = phase.steps or math.ceil(phase.epochs * len(ids) / phase.batch)
+    held = getattr(phase.objective.params, "iterations", 1)  # steps on the same rows, one after the other
+    count = phase.steps or held * math.ceil(phase.epochs * len(ids) / phase.batch)
     steps = tuple(
-        tuple(batch.flat(train[row] for row in batch.rows_of(ids, phase.batch, inputs.seed, step)))
-        for step in range(1, count + 1)
+        tuple(batch.flat(train[row] for row in batch.rows_of(ids, phase.batch, inputs.seed, at)))
+        for at in (math.ceil(step / held) for step in range(1, count + 1))
     )
     looked = batch.order(tuple(row[0].id for row in validation), inputs.seed, "validation")
     outline = bases.outline(folder)
@@ -152,10 +154,15 @@ def _even(work: Work, processes: int) -> int:
     return max(work.need.longest, min(MICRO_TOKENS, usual))
 
 
-def _encoded(split: str, longest: int, inputs: Inputs, tokenizer: Any) -> list[tuple[Encoded, ...]]:
+def _encoded(split: str, how: tuple[int, Any], inputs: Inputs, tokenizer: Any) -> list[tuple[Encoded, ...]]:
+    """The documents of each row; of a prompt, answers as long as they may become."""
+    longest, objective = how
     records = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / f"{split}.jsonl")
     read = [again(record) for record in records]
-    rows = template.encode_rows(tokenizer, read)
+    if "rollouts" in objective.module.NEEDS:
+        rows = _rollouts.outlines(tokenizer, read, objective.params)
+    else:
+        rows = template.encode_rows(tokenizer, read)
     for row, source in zip(rows, read, strict=True):
         if (tokens := max(len(one.ids) for one in row)) > longest:
             most = max(len(one.ids) for one in batch.flat(rows))
@@ -296,7 +303,7 @@ def _probe(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> tuple[
     memory.hold()
     fused.fuse(model, formulas, chosen.checkpointing.value)
     micros = _few([rows for step in need.steps[:TIMED] for rows in _members(step, chosen.micro_tokens)])
-    made = [(batch.collate(rows), layout.of(rows)) for rows in micros]
+    made = [(_taught(batch.collate(rows), phase.objective), layout.of(rows)) for rows in micros]
     params = phase.objective.params
 
     def descend(micro: Batch) -> None:
@@ -314,6 +321,13 @@ def _probe(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> tuple[
         micro, at = made[len(made) // 2]
         looked = _seconds(lambda micro: head.batch_logps(model, micro, head.TILE, formulas), micro)
     return timed, [(flops.validation(shape, at).total, looked)], gap
+
+
+def _taught(micro: Batch, objective: Any) -> Batch:
+    """With what an objective reads beside the tokens: an answer that is as good as any."""
+    if "rollouts" not in objective.module.NEEDS:
+        return micro
+    return replace(micro, advantages_D=torch.ones(len(micro.lengths_D)))
 
 
 def _members(rows: Sequence[Encoded], budget: int) -> list[list[Encoded]]:
@@ -350,7 +364,9 @@ def _decisions(phase: Any, work: Work, chosen: fit.Choice) -> dict[str, Any]:
     return {
         "steps": work.steps,
         "batch": phase.batch,
-        "epochs": round(work.steps * phase.batch / len(rows), 4),
+        "epochs": round(
+            work.steps * phase.batch / len(rows) / getattr(phase.objective.params, "iterations", 1), 4
+        ),
         "tokens": work.tokens,
         "computed_tokens": sum(at.tokens for at in chosen.layouts),
         "loss_tokens": sum(at.loss_tokens for at in chosen.layouts),

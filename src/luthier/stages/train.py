@@ -28,7 +28,7 @@ from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
 from luthier.objectives import Batch
 from luthier.rows import again
-from luthier.stages import Event, Inputs
+from luthier.stages import Event, Inputs, _rollouts
 from luthier.stages._descent import CURVE, JOURNALS, SAVES, TIMINGS, Progress, Work, descend, resume
 from luthier.template import Encoded
 
@@ -63,6 +63,8 @@ def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict
     memory.hold()
     memory.forget_peak()
     work = _prepare(section[0], plan, inputs, place)
+    if "rollouts" in section[0].objective.module.NEEDS:
+        work = _rollouts.ready(work, plan, inputs)
     progress = resume(work)
     with Saver(work.folder) as saver:
         descend(work, progress, saver)
@@ -76,8 +78,8 @@ def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict
 
 def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
     objective, method = phase.objective, phase.method
-    if objective.module.NEEDS:
-        raise TrainError(f"{objective.name} needs {', '.join(sorted(objective.module.NEEDS))}", where="train")
+    if lacking := objective.module.NEEDS - {"rollouts"}:
+        raise TrainError(f"{objective.name} needs {', '.join(sorted(lacking))}", where="train")
     inputs.tell(Event("train", "loading the base model", 0, plan["steps"]))
     base = inputs.artefacts["model"] / "base"
     tokenizer = template.load_tokenizer(base)
@@ -140,6 +142,7 @@ def _interruptible(objective: Any, stopping: Callable[[], bool]) -> loop.Objecti
     def loss(policy: Tensor, reference: Tensor | None, micro: Batch) -> Any:
         if stopping():
             raise loop.Asked
+        reference = micro.reference_N if reference is None else reference
         return objective.module.loss(policy, reference, micro, objective.params)
 
     return loss
