@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect
 
-from luthier import store_schema
 from luthier.errors import StoreError
+from luthier.schema import MIGRATIONS
+from luthier.schema.core import METADATA, Migration
 from luthier.store import ReleaseRecord, Store
 from tests import databases
 
@@ -34,24 +35,36 @@ def test_rows_outlive_the_store_that_wrote_them(place: Path | str) -> None:
 def test_the_tables_that_queries_know_are_those_that_migrations_make(place: Path | str) -> None:
     store = Store.open(place)
     real = inspect(store._engine)
-    assert set(real.get_table_names()) == set(store_schema.METADATA.tables)
-    for name, table in store_schema.METADATA.tables.items():
+    assert set(real.get_table_names()) == set(METADATA.tables)
+    for name, table in METADATA.tables.items():
         assert [column["name"] for column in real.get_columns(name)] == [
             column.name for column in table.columns
         ]
 
 
-def test_migrations_are_numbered_from_one_without_a_gap() -> None:
-    assert [step.number for step in store_schema.MIGRATIONS] == list(
-        range(1, len(store_schema.MIGRATIONS) + 1)
-    )
+def test_migrations_stand_in_the_order_of_their_numbers() -> None:
+    numbers = [step.number for step in MIGRATIONS]
+    assert numbers == sorted(set(numbers)) and numbers[0] == 1
+
+
+def test_a_step_that_came_late_is_taken_by_a_home_that_has_gone_further(
+    place: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Migration(MIGRATIONS[-1].number + 1, "late", ("CREATE TABLE late (n INTEGER)",))
+    last = Migration(late.number + 1, "last", ("CREATE TABLE last_one (n INTEGER)",))
+    for steps in ((*MIGRATIONS, last), (*MIGRATIONS, late, last)):
+        monkeypatch.setattr("luthier.store_engine.MIGRATIONS", steps)
+        Store.open(place).close()
+    store = Store.open(place)
+    assert {"late", "last_one"} <= set(inspect(store._engine).get_table_names())
+    store.close()
 
 
 def test_a_newer_schema_is_refused_and_left_as_it_is(place: Path | str) -> None:
     Store.open(place).close()
     databases.shell(place, "INSERT INTO schema_versions VALUES (99, 'from the future', '2030-01-01')")
     for _ in range(2):
-        with pytest.raises(StoreError, match=r"schema 99.*knows schemas up to 1[\s\S]*upgrade luthier"):
+        with pytest.raises(StoreError, match=r"schema 99.*knows schemas up to \d+[\s\S]*upgrade luthier"):
             Store.open(place)
 
 

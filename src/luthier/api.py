@@ -15,8 +15,8 @@ from luthier import artifacts, pipeline
 from luthier.errors import LuthierError, NotFound, RecipeError, StoreError
 from luthier.home import Home
 from luthier.pipeline import Outcome, Place, Stop, Tell
+from luthier.schema.core import ALIAS
 from luthier.store import ReleaseRecord, Store
-from luthier.store_schema import ALIAS
 
 if TYPE_CHECKING:  # `promote` and `rollback` should not wait for what only runs need
     from luthier.recipe import Recipe

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from luthier.devices import DEVICES
 from luthier.plugins import Part, choice, unknown
-from luthier.store_schema import ALIAS
+from luthier.schema.core import ALIAS
 
 Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -24,8 +24,8 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from luthier import store_engine
 from luthier.errors import NotFound, StoreError
+from luthier.schema.runs import EVENTS, REFS, RELEASES, REQUESTS, RUNS, STAGES
 from luthier.store_engine import Refused, guard, now
-from luthier.store_schema import EVENTS, REFS, RELEASES, REQUESTS, RUNS, STAGES
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,18 @@ class Store:
     def end_run(self, run_id: str, status: str, release: str | None = None, error: str | None = None) -> None:
         ended_at = None if status == "running" else now()
         values = _plain({"status": status, "release": release, "error": error, "ended_at": ended_at})
-        with self._writing() as connection:
+        with self.writing() as connection:
             if not connection.execute(update(RUNS).where(RUNS.c.id == run_id).values(values)).rowcount:
                 raise NotFound(f"no run {run_id!r}", where=self.where)
 
     def runs(self, limit: int = 50) -> list[RunRecord]:
         """The latest runs, newest first."""
-        return [_run(row) for row in self._rows(select(RUNS).order_by(RUNS.c.seq.desc()).limit(limit))]
+        return [_run(row) for row in self.rows(select(RUNS).order_by(RUNS.c.seq.desc()).limit(limit))]
 
     def run(self, prefix: str) -> RunRecord:
         """The one run whose id begins so."""
         query = select(RUNS).where(RUNS.c.id.startswith(prefix, autoescape=True)).order_by(RUNS.c.seq.desc())
-        rows = self._rows(query.limit(6)) if prefix else []
+        rows = self.rows(query.limit(6)) if prefix else []
         return _run(self._only(rows, "run", prefix, "id", "`luthier runs` lists them"))
 
     def record_stage(self, run_id: str, record: StageRecord) -> None:
@@ -158,18 +158,18 @@ class Store:
         """What a run did, in order."""
         return [
             _stage(row)
-            for row in self._rows(select(STAGES).where(STAGES.c.run_id == run_id).order_by(STAGES.c.seq))
+            for row in self.rows(select(STAGES).where(STAGES.c.run_id == run_id).order_by(STAGES.c.seq))
         ]
 
     def find_stage(self, key: str) -> StageRecord | None:
         """The latest time this key was really worked out (not reused) and not forgotten since."""
         worked = (STAGES.c.key == key, STAGES.c.reused.is_(False), STAGES.c.forgotten_at.is_(None))
-        rows = self._rows(select(STAGES).where(*worked).order_by(STAGES.c.seq.desc()).limit(1))
+        rows = self.rows(select(STAGES).where(*worked).order_by(STAGES.c.seq.desc()).limit(1))
         return _stage(rows[0]) if rows else None
 
     def forget_stage(self, key: str) -> None:
         """Never reuse this key's rows again (their artefact is damaged or gone); they stay as history."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             known = (STAGES.c.key == key, STAGES.c.forgotten_at.is_(None))
             connection.execute(update(STAGES).where(*known).values(forgotten_at=now()))
 
@@ -182,7 +182,7 @@ class Store:
         else:
             from sqlalchemy.dialects.sqlite import insert as insert_once  # type: ignore[assignment]
         statement = insert_once(RELEASES).values(_plain(asdict(record))).on_conflict_do_nothing()
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute(statement)
 
     def release(self, name: str | None, digest_prefix: str) -> ReleaseRecord:
@@ -190,7 +190,7 @@ class Store:
         query = select(RELEASES).where(RELEASES.c.digest.startswith(digest_prefix, autoescape=True))
         if name is not None:
             query = query.where(RELEASES.c.name == name)
-        rows = self._rows(query.order_by(RELEASES.c.seq.desc()).limit(6)) if digest_prefix else []
+        rows = self.rows(query.order_by(RELEASES.c.seq.desc()).limit(6)) if digest_prefix else []
         kind = "release" if name is None else f"release of {name}"
         return _release(self._only(rows, kind, digest_prefix, "digest", "`luthier releases` lists them"))
 
@@ -199,12 +199,12 @@ class Store:
         query = select(RELEASES).order_by(RELEASES.c.seq.desc())
         return [
             _release(row)
-            for row in self._rows(query if name is None else query.where(RELEASES.c.name == name))
+            for row in self.rows(query if name is None else query.where(RELEASES.c.name == name))
         ]
 
     def names(self) -> list[str]:
         """Every name that has a release, sorted."""
-        return sorted(row["name"] for row in self._rows(select(RELEASES.c.name).distinct()))
+        return sorted(row["name"] for row in self.rows(select(RELEASES.c.name).distinct()))
 
     def move_ref(
         self, name: str, alias: str, digest: str, *, expected: str | None, actor: str, reason: str
@@ -220,14 +220,14 @@ class Store:
             raise self._lost(name, alias, expected)
         move = {"name": name, "alias": alias, "digest": digest, "expected": expected, "at": now()}
         try:
-            with self._writing() as connection:
+            with self.writing() as connection:
                 row = (
                     connection.execute(_MOVE, _plain({**move, "actor": actor, "reason": reason}))
                     .mappings()
                     .one_or_none()
                 )
         except Refused as error:
-            if not self._rows(
+            if not self.rows(
                 select(RELEASES.c.seq).where(RELEASES.c.name == name, RELEASES.c.digest == digest)
             ):
                 hint = "`luthier releases` lists them"
@@ -256,13 +256,11 @@ class Store:
     def history(self, name: str, alias: str) -> list[RefMove]:
         """Every move of one alias, newest first."""
         query = select(REFS).where(REFS.c.name == name, REFS.c.alias == alias)
-        return [_move(row) for row in self._rows(query.order_by(REFS.c.turn.desc()))]
+        return [_move(row) for row in self.rows(query.order_by(REFS.c.turn.desc()))]
 
     def aliases(self, name: str) -> dict[str, str]:
         """Where each alias of a name points now."""
-        rows = self._rows(
-            select(REFS.c.alias, REFS.c.digest).where(REFS.c.name == name).order_by(REFS.c.turn)
-        )
+        rows = self.rows(select(REFS.c.alias, REFS.c.digest).where(REFS.c.name == name).order_by(REFS.c.turn))
         return dict(sorted({row["alias"]: row["digest"] for row in rows}.items()))
 
     # ---- events and requests ------------------------------------------------------------------------
@@ -273,7 +271,7 @@ class Store:
     def events(self, run_id: str | None = None) -> list[EventRecord]:
         """What happened, oldest first; of one run, or everything."""
         query = select(EVENTS).order_by(EVENTS.c.id)
-        rows = self._rows(query if run_id is None else query.where(EVENTS.c.run_id == run_id))
+        rows = self.rows(query if run_id is None else query.where(EVENTS.c.run_id == run_id))
         return [
             EventRecord(row["id"], row["at"], row["kind"], json.loads(row["facts"]), row["run_id"])
             for row in rows
@@ -289,15 +287,16 @@ class Store:
             query = query.where(REQUESTS.c.release == release)
         if since is not None:
             query = query.where(REQUESTS.c.at >= since)
-        return [RequestRecord(**row) for row in self._rows(query)]
+        return [RequestRecord(**row) for row in self.rows(query)]
 
     # ---- the database underneath --------------------------------------------------------------------
 
     def _insert(self, table: Table, row: Mapping[str, Any]) -> None:
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute(insert(table), _plain(row))
 
-    def _rows(self, query: Any) -> Sequence[RowMapping]:
+    def rows(self, query: Any) -> Sequence[RowMapping]:
+        """What a query finds; for the rooms that keep tables of their own beside these."""
         with guard(self.where), self._reader.connect() as connection:
             return connection.execute(query).mappings().all()
 
@@ -311,7 +310,7 @@ class Store:
         return (exact or list(rows))[0]
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
         """One transaction; when the block ends without an error it is committed and on disk."""
         with guard(self.where), self._writer.begin() as connection:
             yield connection

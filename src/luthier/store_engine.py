@@ -22,9 +22,9 @@ from sqlalchemy import Engine, create_engine, event, func, insert, inspect, sele
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
-from luthier import store_schema
 from luthier.errors import StoreError
-from luthier.store_schema import MIGRATIONS, VERSION_ROWS
+from luthier.schema import MIGRATIONS
+from luthier.schema.core import VERSION_ROWS, VERSIONS
 
 DATABASE = "luthier.db"
 WRITES: dict[str, Any] = {"luthier_writes": True}  # marks the connections whose transactions write
@@ -160,30 +160,32 @@ def _alone(database: Path) -> Iterator[None]:
 
 
 def _migrate(engine: Engine, where: str) -> None:
-    """Bring the schema to the newest number in one transaction; refuse a schema from the future."""
+    """Take every step not yet taken, in one transaction; refuse a schema from the future."""
     newest = MIGRATIONS[-1].number
+    steps = {step.number for step in MIGRATIONS}
     with engine.connect() as connection:
-        if _version(connection) == newest:
+        if _taken(connection) == steps:
             return
     with engine.execution_options(**WRITES).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-        have = _version(connection)
-        if have > newest:
+        taken = _taken(connection)
+        if taken and max(taken) > newest:
             raise StoreError(
-                f"this database is of schema {have}; this luthier knows schemas up to {newest}",
+                f"this database is of schema {max(taken)}; this luthier knows schemas up to {newest}",
                 where=where,
                 hint="it was used by a newer luthier: upgrade luthier, or choose another home",
             )
-        connection.exec_driver_sql(store_schema.VERSIONS)
-        for step in MIGRATIONS[have:]:
-            step.apply(connection)
-            connection.execute(
-                insert(VERSION_ROWS), {"number": step.number, "title": step.title, "at": now()}
-            )
+        connection.exec_driver_sql(VERSIONS)
+        for step in MIGRATIONS:
+            if step.number not in taken:
+                step.apply(connection)
+                row = {"number": step.number, "title": step.title, "at": now()}
+                connection.execute(insert(VERSION_ROWS), row)
 
 
-def _version(connection: Connection) -> int:
+def _taken(connection: Connection) -> set[int]:
+    """The numbers of the steps that this database has gone."""
     if not inspect(connection).has_table(VERSION_ROWS.name):
-        return 0
-    return int(connection.execute(select(func.max(VERSION_ROWS.c.number))).scalar() or 0)
+        return set()
+    return set(connection.execute(select(VERSION_ROWS.c.number)).scalars())
