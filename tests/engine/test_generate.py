@@ -16,11 +16,10 @@ from luthier.engine.generate import (
     PADDED_TOKENS,
     ROWS,
     Runtime,
-    Sampling,
     batches,
-    choose,
     common_prefix,
 )
+from luthier.engine.sampling import Sampling, choose
 from luthier.errors import ModelError
 from tests.tiny import make_tiny_base
 

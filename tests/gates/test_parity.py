@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from luthier.engine.generate import Runtime, Sampling
+from luthier.engine.generate import Runtime
+from luthier.engine.sampling import Sampling
 from luthier.gates import Evidence
 from luthier.gates.parity import Params, _tie, check
 from tests.engine.test_generate import make_adapter

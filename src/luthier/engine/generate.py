@@ -3,8 +3,7 @@
 `Runtime.stream` does for a batch of one what `transformers.generate` does over a `PeftModel` in the same
 dtype (https://huggingface.co/docs/transformers/main_classes/text_generation): the same modules, the same
 attention, the same cache, the adapter unmerged, one forward a token. So a stranger who loads the adapter
-with plain transformers and peft gets the same bits, and `gates/parity` can demand the same tokens. Nucleus
-(top-p) sampling is Holtzman et al., https://arxiv.org/abs/1904.09751.
+with plain transformers and peft gets the same bits, and `gates/parity` can demand the same tokens.
 
 `Runtime.greedy` answers many prompts at once for evaluation: sorted by length, left-padded, and the tokens
 that all prompts begin with are read only once. In bfloat16 its rounding differs from a stream's, so at a
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
+from luthier.engine.sampling import Chooser, Sampling
 from luthier.errors import ModelError
 
 ROWS = 64  # rows of one evaluation batch
@@ -45,16 +44,6 @@ SHARED = ("modules_to_save", "trainable_token_indices", "layer_replication", "ta
 PLAIN_STARTS = (True, False, None, "gaussian")
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; a seed makes a sampled answer repeatable."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
 
 
 class Runtime:
@@ -142,16 +131,12 @@ class Runtime:
     def _stream(
         self, prompt_ids: list[int], sampling: Sampling, adapter: str | None, stop_ids: frozenset[int]
     ) -> Iterator[int]:
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
+        chooser = Chooser(sampling)
         cache = DynamicCache(config=self._model.config)
         ids_BT = torch.tensor([prompt_ids])
         for _ in range(sampling.max_new_tokens):
             logits_V = self._step(ids_BT, cache, adapter)
-            token = choose(logits_V, sampling, generator)
+            token = chooser.choose(logits_V).token
             yield token
             if token in stop_ids:
                 return
@@ -295,17 +280,6 @@ class Runtime:
                 del self._model.peft_config
             self._peft = None
         self._rescan()
-
-
-def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token: the likeliest, or one drawn from the nucleus that holds `top_p` of the mass."""
-    if sampling.temperature <= 0:
-        return int(logits_V.argmax())
-    p_V, order_V = torch.softmax(logits_V / sampling.temperature, dim=-1).sort(descending=True, stable=True)
-    before_V = p_V.cumsum(0) - p_V
-    p_V = p_V.masked_fill(before_V >= sampling.top_p, 0.0)
-    p_V[0] = p_V[0].clamp(min=torch.finfo(p_V.dtype).tiny)
-    return int(order_V[torch.multinomial(p_V, 1, generator=generator)])
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:

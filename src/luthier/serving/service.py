@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import template
-from luthier.engine.generate import Sampling
+from luthier.engine.sampling import Sampling
 from luthier.errors import DataError, LuthierError, ModelError
 from luthier.home import Home
 from luthier.rows import Message

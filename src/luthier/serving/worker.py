@@ -23,7 +23,8 @@ from enum import StrEnum
 from typing import Any
 
 from luthier import template
-from luthier.engine.generate import Runtime, Sampling
+from luthier.engine.generate import Runtime
+from luthier.engine.sampling import Sampling
 from luthier.errors import LuthierError, ServeError
 from luthier.serving.limits import Limits, busy
 from luthier.serving.router import Target

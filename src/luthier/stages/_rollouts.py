@@ -22,8 +22,9 @@ from torch import Tensor
 
 from luthier import artifacts, metrics, template
 from luthier.engine import batch, loop
-from luthier.engine.generate import Runtime, Sampling
+from luthier.engine.generate import Runtime
 from luthier.engine.rollout import Asked, Drawing, Policy
+from luthier.engine.sampling import Sampling
 from luthier.errors import GraderError, TrainError
 from luthier.objectives import Batch
 from luthier.rows import Message, Prompt, Role, Row, again

@@ -23,7 +23,8 @@ import torch
 from luthier import artifacts, statistics, template
 from luthier.baselines import Baseline, Task
 from luthier.engine import memory
-from luthier.engine.generate import Runtime, Sampling
+from luthier.engine.generate import Runtime
+from luthier.engine.sampling import Sampling
 from luthier.engine.score import likelihood
 from luthier.errors import DataError, Interrupted
 from luthier.rows import Chat, Message, chat

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from luthier import artifacts, cards, template
-from luthier.engine.generate import Runtime, Sampling
+from luthier.engine.generate import Runtime
+from luthier.engine.sampling import Sampling
 from luthier.errors import Interrupted, LuthierError
 from luthier.gates import Evidence, Verdict
 from luthier.rows import again
