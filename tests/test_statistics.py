@@ -4,10 +4,11 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
 
-from luthier.statistics import kappa, mcnemar, percentiles, scores, wilson, worse
+from luthier.statistics import bootstrap, kappa, mcnemar, percentiles, scores, wilson, worse
 
 LABELS = ("injection", "safe")
 ANSWERS = st.lists(
@@ -93,3 +94,13 @@ def test_percentiles_are_numpys(values: list[float]) -> None:
     expected = numpy.percentile(values, [50, 95, 99])
     assert list(found) == ["p50", "p95", "p99"]
     assert list(found.values()) == pytest.approx(expected.tolist(), rel=1e-9, abs=1e-9)
+
+
+def test_the_bootstrap_interval_of_a_mean_is_that_of_scipy() -> None:
+    values = (numpy.random.default_rng(1).random(60) ** 2).tolist()
+    low, high = bootstrap(values, seed=3)
+    found = stats.bootstrap((values,), numpy.mean, n_resamples=9999, method="percentile", rng=5)
+    assert low == pytest.approx(found.confidence_interval.low, abs=0.01)
+    assert high == pytest.approx(found.confidence_interval.high, abs=0.01)
+    assert bootstrap(values, seed=3) == (low, high)
+    assert bootstrap([0.5] * 9, seed=3) == (0.5, 0.5)

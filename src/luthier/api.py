@@ -106,7 +106,7 @@ def compare(a: str, b: str, *, home: Homeish = None) -> dict[str, Any]:
     from luthier import statistics
 
     place = _place(home)
-    samples: list[dict[str, bool]] = []
+    samples: list[dict[str, float]] = []
     result: dict[str, Any] = {}
     for label, prefix in (("a", a), ("b", b)):
         record = place.store.run(prefix)
@@ -115,13 +115,12 @@ def compare(a: str, b: str, *, home: Homeish = None) -> dict[str, Any]:
             raise NotFound(f"run {record.id} has no scorecard", hint="its evaluate stage did not finish")
         folder = place.home.artifact(stages["evaluate"].digest)
         tuned = artifacts.read_json(folder / "scorecard.json")["systems"]["tuned"]
-        samples.append(
-            {row["id"]: row["correct"]["tuned"] for row in artifacts.read_jsonl(folder / "samples.jsonl")}
-        )
+        rows = artifacts.read_jsonl(folder / "samples.jsonl")
+        samples.append({row["id"]: row.get("rewards", row["correct"])["tuned"] for row in rows})
         result[label] = {"run": record.id, "name": record.name, "status": record.status, "tuned": tuned}
     shared = sorted(samples[0].keys() & samples[1].keys())
-    wins = sum(samples[1][row] and not samples[0][row] for row in shared)
-    losses = sum(samples[0][row] and not samples[1][row] for row in shared)
+    wins = sum(samples[1][row] > samples[0][row] for row in shared)
+    losses = sum(samples[0][row] > samples[1][row] for row in shared)
     return result | {
         "rows": len(shared),
         "b_wins": wins,

@@ -59,8 +59,11 @@ def page(card: Mapping[str, Any]) -> str:
 
 
 def _scores(evaluation: Mapping[str, Any]) -> Sequence[str]:
+    judged = f"{evaluation['rows']:,} {ROWS[evaluation['split']]}."
+    if any("reward" in score for score in evaluation["systems"].values()):
+        return [judged, "", *_rewards(evaluation["systems"])]
     rows = [
-        f"{evaluation['rows']:,} {ROWS[evaluation['split']]}.",
+        judged,
         "",
         "| system | accuracy | 95 % interval | F1 |",
         "|-|-|-|-|",
@@ -68,4 +71,12 @@ def _scores(evaluation: Mapping[str, Any]) -> Sequence[str]:
     for name, score in evaluation["systems"].items():
         f1 = "" if score["f1"] is None else f"{score['f1']:.3f}"
         rows.append(f"| {name} | {score['accuracy']:.1%} | {score['low']:.1%} – {score['high']:.1%} | {f1} |")
+    return rows
+
+
+def _rewards(systems: Mapping[str, Any]) -> list[str]:
+    """What a grader gave each system's answers."""
+    rows = ["| system | mean reward | 95 % interval |", "|-|-|-|"]
+    for name, score in systems.items():
+        rows.append(f"| {name} | {score['reward']:.4f} | {score['low']:.4f} – {score['high']:.4f} |")
     return rows

@@ -226,9 +226,10 @@ class Recipe(Section):
 def _collect(value: object, found: list[Part]) -> None:
     if isinstance(value, Part):
         found.append(value)
+        _collect(value.params, found)
     elif isinstance(value, BaseModel):
         for name in type(value).model_fields:
             _collect(getattr(value, name), found)
-    elif isinstance(value, tuple):
-        for item in value:
+    elif isinstance(value, tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
             _collect(item, found)

@@ -101,6 +101,17 @@ def kappa(a: Sequence[str], b: Sequence[str]) -> float | None:
     return None if chance >= 1.0 else (agreed - chance) / (1 - chance)
 
 
+def bootstrap(values: Sequence[float], seed: int, resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean: of as many rows drawn again with replacement, so many times."""
+    import numpy
+
+    found = numpy.asarray(values, dtype=numpy.float64)
+    draw = numpy.random.default_rng(seed)
+    means = [found[draw.integers(0, len(found), len(found))].mean() for _ in range(resamples)]
+    low, high = numpy.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 of one or more values, interpolated linearly."""
     ordered = sorted(values)

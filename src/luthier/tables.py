@@ -16,7 +16,18 @@ MARKS = {True: "[green]✓[/]", False: "[red]✗[/]"}
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        right = column in ("seconds", "accuracy", "F1", "p95 s", "rows", "GB", "share", "minutes", "kWh")
+        right = column in (
+            "seconds",
+            "accuracy",
+            "reward",
+            "F1",
+            "p95 s",
+            "rows",
+            "GB",
+            "share",
+            "minutes",
+            "kWh",
+        )
         table.add_column(column, justify="right" if right else "left", no_wrap=column in ("run", "digest"))
     return table
 
@@ -105,6 +116,13 @@ def clock(seconds: float) -> str:
 
 
 def systems(console: Console, score: Mapping[str, Row]) -> None:
+    if any("reward" in system for system in score.values()):
+        table = _table("system", "reward", "95 % interval")
+        for name, system in score.items():
+            interval = f"{system['low']:.4f} – {system['high']:.4f}"
+            table.add_row(name, f"{system['reward']:.4f}", interval)
+        console.print(table)
+        return
     table = _table("system", "accuracy", "95 % interval", "F1")
     for name, system in score.items():
         interval = f"{system['low']:.1%} – {system['high']:.1%}"

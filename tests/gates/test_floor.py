@@ -30,3 +30,11 @@ def test_a_score_that_was_not_measured_is_a_refusal() -> None:
 def test_raising_the_floor_never_turns_a_no_into_a_yes(a: float, b: float) -> None:
     low, high = sorted((a, b))
     assert check(Params(minimum=low), evidence()).passed or not check(Params(minimum=high), evidence()).passed
+
+
+def test_a_mean_reward_has_a_floor_and_an_interval() -> None:
+    card = {"systems": {"tuned": {"reward": 7.5, "low": 6.9, "high": 8.1, "accuracy": None}}}
+    assert check(Params(metric="reward", minimum=7), evidence(scorecard=card)).passed
+    assert not check(Params(metric="reward", minimum=7, bound="low"), evidence(scorecard=card)).passed
+    assert "not measured" in check(Params(minimum=0.5), evidence(scorecard=card)).reason
+    assert "not measured" in check(Params(metric="reward", minimum=0), evidence()).reason

@@ -51,6 +51,36 @@ def test_only_rows_that_both_answered_are_compared() -> None:
     assert verdict.passed and verdict.evidence["champion"]["rows"] == 3
 
 
+def rewards(base: float, tuned: float, rows: int = 40) -> dict[str, dict[str, float]]:
+    return {f"row{n}": {"base": base, "tuned": tuned + 0.001 * (n % 3)} for n in range(rows)}
+
+
+def test_rewards_are_compared_row_by_row_by_the_sign_test() -> None:
+    better = evidence(correct={}, rewards=rewards(0.2, 0.7))
+    assert check(Params(), better).evidence["base"] == {
+        "wins": 40,
+        "losses": 0,
+        "p": pytest.approx(2 / 2**40),
+    }
+    assert not check(Params(), evidence(correct={}, rewards=rewards(0.7, 0.2))).passed
+
+
+@pytest.mark.parametrize(
+    ("champion", "grader", "words"),
+    [
+        (0.7, "a", "not worse than production"),
+        (0.9, "a", "worse than the release"),
+        (0.7, "b", "another grader"),
+    ],
+)
+def test_a_champion_is_a_rival_by_the_same_graders_rewards(champion: float, grader: str, words: str) -> None:
+    made = evidence(
+        correct={}, rewards=rewards(0.2, 0.7), champion={"grader": {"name": grader}},
+        champion_rewards=rewards(0.2, champion), scorecard={"grader": {"name": "a"}},
+    )  # fmt: skip
+    assert words in check(Params(), made).reason
+
+
 def test_a_champion_examined_on_other_rows_is_missing_evidence() -> None:
     verdict = check(Params(), evidence(champion={"rows": 1}, champion_correct={"x": {"tuned": True}}))
     assert not verdict.passed and "no comparison" in verdict.reason

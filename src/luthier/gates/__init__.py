@@ -21,6 +21,7 @@ class Evidence:
     adapter, base: folders as a stranger would load them.
     probes:     prompts as token ids, `stop_ids` what ends an answer, `max_new_tokens` its longest.
     serve:      the engine that will serve: a prompt in, its greedy tokens out.
+    rewards:    where a grader judged, its rows instead: {row id: {system: reward}}; the champion's likewise.
     """
 
     scorecard: Mapping[str, Any]
@@ -34,6 +35,8 @@ class Evidence:
     stop_ids: frozenset[int]
     max_new_tokens: int
     serve: Callable[[Sequence[int]], list[int]]
+    rewards: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    champion_rewards: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

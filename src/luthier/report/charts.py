@@ -108,8 +108,21 @@ class _Frame:
         return "M" + "L".join(f"{self.x(x) * 10:.1f} {self.y(y):.1f}" for x, y in points)
 
 
-def curves(train: Points, validation: Points, best: float | None, height: int = 280) -> Markup:
+@dataclass(frozen=True)
+class Measure:
+    """What a curve shows, its unit, and which end of it is the good one."""
+
+    name: str = "loss"
+    unit: str = " nats per token"
+    rises: bool = False
+
+
+LOSS, REWARD = Measure(), Measure("reward", "", rises=True)
+
+
+def curves(train: Points, validation: Points, best: float | None, measure: Measure = LOSS) -> Markup:
     """Training loss faint, its moving mean over it, validation as points, the best step marked."""
+    height = 280
     mean = smooth(train)
     drawn = [y for _, y in [*train, *validation]]
     low, high = min(drawn), max(drawn)
@@ -137,25 +150,34 @@ def curves(train: Points, validation: Points, best: float | None, height: int = 
         tag("circle", cx=f"{frame.x(x):.2f}%", cy=frame.y(y), r=5.5 if x == best else 3.5, class_="dot")
         for x, y in validation
     ]
-    desc = _story(train, mean, validation, best, log)
+    desc = _story(train, mean, validation, best, (measure, log))
     return picture(
-        "curve", "Loss over training", desc, parts, width="100%", height=height + 46, class_="curves"
+        "curve",
+        f"{measure.name.capitalize()} over training",
+        desc,
+        parts,
+        width="100%",
+        height=height + 46,
+        class_="curves",
     )
 
 
-def _story(train: Points, mean: Points, validation: Points, best: float | None, log: bool) -> str:
-    said = []
+def _story(
+    train: Points, mean: Points, validation: Points, best: float | None, how: tuple[Measure, bool]
+) -> str:
+    (measure, log), said = how, []
     if train:
         said.append(
-            f"Training loss goes from {train[0][1]:.3f} to {mean[-1][1]:.3f} nats per token"
+            f"Training {measure.name} goes from {train[0][1]:.3f} to {mean[-1][1]:.3f}{measure.unit}"
             f" over {count(train[-1][0])} steps."
         )
     if validation:
-        x, y = min(validation, key=lambda point: point[1])
-        said.append(f"Validation loss is lowest at step {count(x)}: {y:.4f} nats per token.")
+        x, y = (max if measure.rises else min)(validation, key=lambda point: point[1])
+        end = "highest" if measure.rises else "lowest"
+        said.append(f"Validation {measure.name} is {end} at step {count(x)}: {y:.4f}{measure.unit}.")
     if best is not None:
         said.append(f"The kept adapter is that of step {count(best)}.")
-    return " ".join([*said, "The loss axis is logarithmic."] if log else said)
+    return " ".join([*said, f"The {measure.name} axis is logarithmic."] if log else said)
 
 
 def _grid(frame: _Frame, marks: Sequence[float]) -> list[Markup]:

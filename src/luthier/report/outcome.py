@@ -113,7 +113,7 @@ def _comparison(record: ReportInput) -> tuple[str, str | None, bool]:
     found = dict(systems(record))
     tuned = found.get("tuned")
     if tuned is None:
-        return "", None, False
+        return _reward(record), None, False
     key = untuned(found)
     base = found.get(key, {})
     rows = count(record.scorecard.get("rows"))
@@ -131,6 +131,30 @@ def _comparison(record: ReportInput) -> tuple[str, str | None, bool]:
         [(name, entry) for name, entry in found.items() if name not in ("base", "tuned", "champion")], tuned
     )
     return sentence, caveat, first
+
+
+def rewards(record: ReportInput) -> list[tuple[str, float, Record]]:
+    """Where a grader judged: each system's mean reward, base first, and all that is known of it."""
+    found = mapping(record.scorecard.get("systems"))
+    named = [(key, mapping(found[key])) for key in ("base", "tuned") if key in found]
+    return [(key, value, entry) for key, entry in named if (value := number(entry.get("reward"))) is not None]
+
+
+def _reward(record: ReportInput) -> str:
+    """The tuned model's mean reward against the base's, on the same prompts."""
+    found = {key: (value, entry) for key, value, entry in rewards(record)}
+    if "tuned" not in found or "base" not in found:
+        return ""
+    (before, _), (after, entry) = found["base"], found["tuned"]
+    pair = mapping(mapping(record.scorecard.get("paired")).get("tuned_vs_base"))
+    within = " to ".join(f"{number(entry.get(end)) or 0.0:.3f}" for end in ("low", "high"))
+    sentence = (
+        f"Mean reward {before:.3f} → {after:.3f} on {count(record.scorecard.get('rows'))} {_kind(record)} "
+        f"(95 % interval {within}, {p_value(pair.get('p'))} against base)."
+    )
+    if after <= before:
+        return sentence + " Tuning did not help."
+    return sentence + (" This could be chance." if (number(pair.get("p")) or 0.0) >= 0.05 else "")
 
 
 def untuned(found: Mapping[str, Record]) -> str:
@@ -195,6 +219,10 @@ def tiles(record: ReportInput) -> list[Tile]:
     found = dict(systems(record))
     tuned, base = found.get("tuned", {}), found.get(untuned(found), {})
     train, said = record.facts("train"), []
+    graded = {key: value for key, value, _ in rewards(record)}
+    if "tuned" in graded and "base" in graded:
+        gain = f"{graded['tuned'] - graded['base']:+.3f} over base"
+        said.append(Tile(f"{graded['tuned']:.3f}", "mean reward", gain))
     if tuned:
         gain = (
             points(float(tuned["accuracy"]) - float(base["accuracy"])) + f" over {UNTUNED[untuned(found)]}"

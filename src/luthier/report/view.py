@@ -60,7 +60,10 @@ def contents(record: ReportInput) -> dict[str, Any]:
         "steps": _steps(record),
         "halted": _halted(record),
         "curve": _curve(record),
-        "validation": [(count(step), f"{loss:.4f}") for step, loss in _points(record.validation)],
+        "measure": _measure(record),
+        "validation": [
+            (count(step), f"{value:.4f}") for step, value in _points(record.validation, _measure(record))
+        ],
         "metrics": metrics(record),
         "majority": majority(record),
         "pairs": pairs(record),
@@ -133,16 +136,22 @@ def _steps(record: ReportInput) -> list[Step]:
     return steps
 
 
-def _points(rows: Sequence[Record]) -> list[tuple[float, float]]:
-    pairs = [(number(row.get("step")), number(row.get("loss"))) for row in rows]
-    return [(step, loss) for step, loss in pairs if step is not None and loss is not None]
+def _measure(record: ReportInput) -> charts.Measure:
+    """The reward, where training was after one; the loss else."""
+    return charts.REWARD if any("reward" in row for row in record.curve) else charts.LOSS
+
+
+def _points(rows: Sequence[Record], measure: charts.Measure) -> list[tuple[float, float]]:
+    pairs = [(number(row.get("step")), number(row.get(measure.name))) for row in rows]
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
 
 
 def _curve(record: ReportInput) -> Markup | None:
-    train, validation = _points(record.curve), _points(record.validation)
+    measure = _measure(record)
+    train, validation = _points(record.curve, measure), _points(record.validation, measure)
     if not train and not validation:
         return None
-    return charts.curves(train, validation, number(record.facts("train").get("best_step")))
+    return charts.curves(train, validation, number(record.facts("train").get("best_step")), measure)
 
 
 def _gates(record: ReportInput) -> list[tuple[bool, str, str, list[tuple[str, str]]]]:

@@ -1,9 +1,10 @@
 """Stage 5, evaluate: base, tuned and honest baselines on the same held-out rows, each with its uncertainty.
 
 Every system is read by one lenient rule: the first label that stands in its answer as a word of its own.
-An answer without a label is wrong, and counted. Intervals are Wilson's, comparisons exact and paired
-(`statistics`). Loss and perplexity are over answer tokens. Latencies are of single streams, the way answers
-are served; they are observed, so they lie outside the scorecard's digest.
+An answer without a label is wrong, and counted. What was trained by a grader's reward is examined by that
+grader (`stages._graded`). Intervals are Wilson's, comparisons exact and paired (`statistics`). Loss and
+perplexity are over answer tokens. Latencies are of single streams, the way answers are served; they are
+observed, so they lie outside the scorecard's digest.
 
 It does not know gates: it says how good the model is, never whether that is enough.
 """
@@ -20,15 +21,17 @@ from typing import Any
 
 import torch
 
-from luthier import artifacts, statistics, template
+from luthier import artifacts, plugins, statistics, template
 from luthier.baselines import Baseline, Task
 from luthier.engine import memory
 from luthier.engine.generate import Runtime
 from luthier.engine.sampling import Sampling
 from luthier.engine.score import likelihood
 from luthier.errors import DataError, Interrupted
-from luthier.rows import Chat, Message, chat
-from luthier.stages import Event, Inputs
+from luthier.plugins import Part
+from luthier.rows import Chat, Message, again
+from luthier.stages import Event, Inputs, _graded
+from luthier.stages._rollouts import Exam as Graded
 
 TUNED = "tuned"
 LIKELIHOOD_ROWS = 500  # a proxy figure; beyond this only its third digit would move
@@ -41,17 +44,20 @@ class Exam:
     runtime: Runtime
     tokenizer: Any
     stop_ids: frozenset[int]
-    rows: Sequence[Chat]
+    rows: Sequence[Any]
     section: Any
     tell: Callable[[Event], None]
 
     def answer(self, prompts: Sequence[Sequence[Message]], adapter: str | None, who: str) -> list[str]:
-        """Greedy answers as text, many prompts at a time."""
-        ids = [template.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        tokens = self.runtime.greedy(
-            ids, self.section.max_new_tokens, adapter, self.stop_ids, _progress(self.tell, who)
-        )
+        """Greedy answers as text."""
+        tokens = self.tokens(prompts, adapter, who)
         return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in tokens]
+
+    def tokens(self, prompts: Sequence[Sequence[Message]], adapter: str | None, who: str) -> list[list[int]]:
+        """Greedy answers, many prompts at a time."""
+        ids = [template.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        told = _progress(self.tell, who)
+        return self.runtime.greedy(ids, self.section.max_new_tokens, adapter, self.stop_ids, told)
 
     def read(self, text: str) -> str | None:
         """The label an answer gives; without a closed set of labels the whole answer is the label."""
@@ -63,25 +69,48 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     memory.forget_peak()
     base, adapter = inputs.artefacts["model"] / "base", inputs.artefacts["train"] / "adapter"
     rows = _sample(_rows(inputs, section.split), section.rows, inputs.seed)
-    _answerable(rows, section.labels)
+    if not _by_reward(inputs):
+        _answerable(rows, section.labels)
     tell = _heeding(inputs)
     tell(Event("evaluate", "loading the model", 0, len(rows)))
     tokenizer = template.load_tokenizer(base)
     runtime = Runtime.load(base)
     runtime.add(TUNED, adapter)
     exam = Exam(runtime, tokenizer, template.stop_ids(tokenizer), rows, section, tell)
-    prompts = [row.prompt for row in rows]
+    card, samples, fitted_s = _graded_exam(exam, inputs) if _by_reward(inputs) else _exam(exam, inputs)
+    efficiency = _efficiency(exam, base, adapter, inputs.seed) | {"baseline_seconds": fitted_s}
+    artifacts.write_json(out / "scorecard.json", card)
+    artifacts.write_jsonl(out / "samples.jsonl", samples)
+    (out / "observed").mkdir(exist_ok=True)
+    artifacts.write_json(out / "observed" / "efficiency.json", efficiency)
+    return _facts(card, efficiency)
+
+
+Found = tuple[dict[str, Any], list[dict[str, Any]], dict[str, float]]  # scorecard, samples, seconds to fit
+
+
+def _by_reward(inputs: Inputs) -> bool:
+    return "rollouts" in _objective(inputs).module.NEEDS
+
+
+def _objective(inputs: Inputs) -> Part:
+    """What the training minimised, as its artefact has it."""
+    named = dict(artifacts.read_json(inputs.artefacts["train"] / "phase.json")["phase"]["objective"])
+    module = plugins.load("objectives", name := named.pop("name"))
+    return Part("objectives", name, module.Params.model_validate(named))
+
+
+def _exam(exam: Exam, inputs: Inputs) -> Found:
+    """Answers held against the rows' own, and honest baselines beside them."""
+    prompts = [row.prompt for row in exam.rows]
     texts = {
         "base": exam.answer(prompts, None, "base model"),
         TUNED: exam.answer(prompts, TUNED, "tuned model"),
     }
     said = {name: [exam.read(text) for text in answers] for name, answers in texts.items()}
-    notes: dict[str, dict[str, Any]] = {
-        "base": {"note": "the untouched base, asked as the tuned model is"},
-        TUNED: {"note": "the base under the trained adapter"},
-    }
+    notes: dict[str, dict[str, Any]] = {name: {"note": note} for name, note in _graded.NOTES.items()}
     fitted_s = {}
-    for part in section.baselines:
+    for part in exam.section.baselines:
         began = time.monotonic()
         found = _baseline(part, exam, inputs)
         fitted_s[part.name] = round(time.monotonic() - began, 3)
@@ -89,12 +118,27 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         notes[part.name] = {"note": found.note, **found.chosen}
     card = _scorecard(exam, said, notes)
     card["loss"], card["perplexity"] = _likelihoods(exam, inputs.seed)
-    efficiency = _efficiency(exam, base, adapter, inputs.seed) | {"baseline_seconds": fitted_s}
-    artifacts.write_json(out / "scorecard.json", card)
-    artifacts.write_jsonl(out / "samples.jsonl", _samples(rows, texts, said))
-    (out / "observed").mkdir(exist_ok=True)
-    artifacts.write_json(out / "observed" / "efficiency.json", efficiency)
-    return _facts(card, efficiency)
+    return card, _samples(exam.rows, texts, said), fitted_s
+
+
+def _graded_exam(exam: Exam, inputs: Inputs) -> Found:
+    """Answers judged by the grader that training was rewarded by."""
+    if exam.section.baselines or exam.section.labels:
+        raise DataError(
+            "baselines and labels need rows with a right answer; prompts are judged by their grader",
+            where="evaluate",
+            hint="leave out `evaluate.baselines` and `evaluate.labels`",
+        )
+    grader = _objective(inputs).params.grader  # type: ignore[attr-defined]
+    room = Graded(exam.tokenizer, exam.runtime, grader, exam.stop_ids)
+    prompts = [row.prompt for row in exam.rows]
+    answers = {
+        "base": exam.tokens(prompts, None, "base model"),
+        TUNED: exam.tokens(prompts, TUNED, "tuned model"),
+    }
+    judged = _graded.judge(room, exam.rows, answers)
+    card = _graded.scorecard(judged, grader, exam.section, inputs.seed)
+    return card, _graded.samples(judged, exam.rows), {}
 
 
 def read(text: str, labels: Sequence[str]) -> str | None:
@@ -109,12 +153,12 @@ def read(text: str, labels: Sequence[str]) -> str | None:
     return next((label for label in labels if found and label.lower() == found[0].lower()), None)
 
 
-def _rows(inputs: Inputs, split: str) -> list[Chat]:
+def _rows(inputs: Inputs, split: str) -> list[Any]:
     records = artifacts.read_jsonl(inputs.artefacts["data"] / "rows" / f"{split}.jsonl")
-    return [chat(record["messages"], record["where"]) for record in records]
+    return [again(record) for record in records]
 
 
-def _sample(rows: list[Chat], count: int | None, seed: int) -> list[Chat]:
+def _sample(rows: list[Any], count: int | None, seed: int) -> list[Any]:
     if not rows:
         raise DataError(
             "there is no row to examine on",
@@ -264,10 +308,11 @@ def _samples(
 
 
 def _facts(card: dict[str, Any], efficiency: dict[str, Any]) -> dict[str, Any]:
-    shown = ("accuracy", "low", "high", "f1", "unparsed", "note")
+    shown = ("accuracy", "reward", "low", "high", "f1", "unparsed", "note")
+    systems = card["systems"].items()
     return {
         "rows": card["rows"],
-        "systems": {name: {key: score[key] for key in shown} for name, score in card["systems"].items()},
+        "systems": {name: {key: score[key] for key in shown if key in score} for name, score in systems},
         "paired": card["paired"],
         "loss": card["loss"],
         "perplexity": card["perplexity"],

@@ -119,12 +119,19 @@ def _evidence(inputs: Inputs) -> tuple[Evidence, Rehearsal]:
         stop_ids=rehearsal.stop_ids,
         max_new_tokens=longest,
         serve=rehearsal.serve,
+        rewards=_rewards(evaluate),
+        champion_rewards=_rewards(champion) if champion else {},
     )
     return evidence, rehearsal
 
 
 def _correct(folder: Path) -> dict[str, dict[str, bool]]:
     return {row["id"]: row["correct"] for row in artifacts.read_jsonl(folder / "samples.jsonl")}
+
+
+def _rewards(folder: Path) -> dict[str, dict[str, float]]:
+    rows = artifacts.read_jsonl(folder / "samples.jsonl")
+    return {row["id"]: row["rewards"] for row in rows if "rewards" in row}
 
 
 def _judge(part: Any, evidence: Evidence) -> dict[str, Any]:
@@ -165,7 +172,7 @@ def _card(section: Any, inputs: Inputs, evidence: Evidence, verdicts: list[dict[
     data = artifacts.read_json(inputs.artefacts["data"] / "card.json")
     phase = artifacts.read_json(inputs.artefacts["train"] / "phase.json")
     card = evidence.scorecard
-    shown = ("accuracy", "low", "high", "f1")
+    shown = ("reward", "low", "high") if "measure" in card else ("accuracy", "low", "high", "f1")
     return {
         "name": inputs.name,
         "intended_use": section.intended_use,
