@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
+from luthier import metrics
 from luthier.objectives import Batch, grpo
 
 GRADER = {"name": "string_check", "reference": "{{ item.answer }}"}
@@ -116,3 +118,14 @@ def test_any_loss_is_that_of_a_token_at_a_time(seed: int) -> None:
         at += length
     found = grpo.loss(policy, reference, batch(advantages, lengths, old), settings)
     assert found.total.item() == pytest.approx(total, rel=1e-4, abs=1e-5)
+
+
+def test_a_grader_may_be_written_as_openai_writes_it() -> None:
+    check = {"type": "string_check", "name": "same", "input": "{{ sample.output_text }}",
+             "reference": "{{ item.answer }}", "operation": "eq"}  # fmt: skip
+    both = {"type": "multi", "name": "both", "graders": {"same": check}, "calculate_output": "same"}
+    for grader in (check, both):
+        assert params(grader=grader).grader == metrics.read(grader)
+        assert params(grader=params(grader=grader).grader.as_dict()).grader == metrics.read(grader)
+    with pytest.raises(ValidationError, match="unknown metric 'python'"):
+        params(grader={"type": "python", "name": "x", "source": "1"})

@@ -26,6 +26,7 @@ from luthier.http.auth import Guard, fingerprint
 from luthier.http.chat import Asked, ChatRequest, Shape, Usage
 from luthier.http.exchange import GONE, Exchange
 from luthier.http.meter import Meter
+from luthier.http.openai import graders
 from luthier.serving.router import Listed
 from luthier.serving.service import Service
 from luthier.serving.worker import End, Heard
@@ -74,6 +75,7 @@ def create_app(service: Service, key: str) -> FastAPI:
         given, and `n` > 1, log-probabilities, penalties, tools and response formats are refused."""
         return await _complete(request, service, note)
 
+    app.include_router(graders.routes(service))
     return app
 
 

@@ -18,10 +18,10 @@ how answers are sampled or scored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from luthier import plugins
 from luthier.objectives import Batch, Loss
@@ -36,8 +36,21 @@ METRICS = ("clipped", "kl")
 LEAST_STD = 1e-4  # what is added to a group's deviation before it divides
 
 
+def named(grader: object) -> object:
+    """OpenAI's form of a grader (its kind is `type`, its own name is `name`) as parts are written."""
+    if not isinstance(grader, Mapping) or not isinstance(grader.get("type"), str):
+        return grader
+    settings = {key: value for key, value in grader.items() if key not in ("type", "name")}
+    members = settings.get("graders")
+    if isinstance(members, Mapping):
+        settings["graders"] = {name: named(member) for name, member in members.items()}
+    return settings | {"name": grader["type"], "label": grader.get("name", "")}
+
+
 class Params(plugins.Params):
-    grader: plugins.choice("metrics") = Field(description="the score that is the reward")  # type: ignore[valid-type]
+    grader: Annotated[plugins.choice("metrics"), BeforeValidator(named)] = Field(  # type: ignore[valid-type]
+        description="the score that is the reward; OpenAI's form {type, name, …} is taken too"
+    )
     group: int = Field(default=8, ge=2, le=256, description="answers sampled for each prompt")
     max_new_tokens: int = Field(default=256, ge=1, le=16384, description="of an answer while training")
     temperature: float = Field(

@@ -1,8 +1,9 @@
 """Evaluation by a grader: the reward of base and tuned on the same prompts, each with its uncertainty.
 
-Both give their likeliest answer; the grader is the one the training was rewarded by. Means have bootstrap
-intervals, the difference is paired row by row (`statistics`), and p is that of the exact sign test. A grader
-that asks a model is answered by the base. It does not know gates, nor whether the reward is worth having.
+Both give their likeliest answer, as long as it may be in training; the grader is the one the training was
+rewarded by. Means have bootstrap intervals, the difference is paired row by row (`statistics`), and p is that
+of the exact sign test. A grader that asks a model is answered by the base. It does not know gates, nor
+whether the reward is worth having.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def judge(exam: Exam, prompts: Sequence[Prompt], answers: Mapping[str, Sequence[
     )
 
 
-def scorecard(judged: Judged, grader: Any, section: Any, seed: int) -> dict[str, Any]:
+def scorecard(judged: Judged, params: Any, split: str, seed: int) -> dict[str, Any]:
     systems = {}
     for name, rewards in judged.rewards.items():
         low, high = statistics.bootstrap(rewards, seed)
@@ -65,12 +66,12 @@ def scorecard(judged: Judged, grader: Any, section: Any, seed: int) -> dict[str,
     }  # fmt: skip
     return {
         "measure": "reward",
-        "grader": grader.as_dict(),
+        "grader": params.grader.as_dict(),
         "rows": len(gains),
-        "split": section.split,
+        "split": split,
         "labels": [],
         "positive": None,
-        "max_new_tokens": section.max_new_tokens,
+        "max_new_tokens": params.max_new_tokens,
         "likelihood_rows": 0,
         "systems": systems,
         "paired": {f"{TUNED}_vs_base": paired},

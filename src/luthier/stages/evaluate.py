@@ -15,7 +15,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,16 @@ def _graded_exam(exam: Exam, inputs: Inputs) -> Found:
             where="evaluate",
             hint="leave out `evaluate.baselines` and `evaluate.labels`",
         )
-    grader = _objective(inputs).params.grader  # type: ignore[attr-defined]
-    room = Graded(exam.tokenizer, exam.runtime, grader, exam.stop_ids)
+    params: Any = _objective(inputs).params
+    exam = replace(exam, section=exam.section.model_copy(update={"max_new_tokens": params.max_new_tokens}))
+    room = Graded(exam.tokenizer, exam.runtime, params.grader, exam.stop_ids)
     prompts = [row.prompt for row in exam.rows]
     answers = {
         "base": exam.tokens(prompts, None, "base model"),
         TUNED: exam.tokens(prompts, TUNED, "tuned model"),
     }
     judged = _graded.judge(room, exam.rows, answers)
-    card = _graded.scorecard(judged, grader, exam.section, inputs.seed)
+    card = _graded.scorecard(judged, params, exam.section.split, inputs.seed)
     return card, _graded.samples(judged, exam.rows), {}
 
 

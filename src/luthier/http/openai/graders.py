@@ -1,0 +1,158 @@
+"""Graders over HTTP: is this one a grader, and what does it give this answer?
+
+Source: https://platform.openai.com/docs/api-reference/graders (`fine_tuning/alpha/graders`) and the official
+client's types. `run` answers an answer that cannot be scored with a reward of 0 and the error that says why;
+a grader that is none is a 400 for both. A grader that asks a model asks one that this server answers with.
+It does not know jobs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from luthier import metrics
+from luthier.errors import GraderError, LuthierError
+from luthier.http.exchange import Exchange
+from luthier.http.problems import RequestError
+from luthier.metrics import Question
+from luthier.plugins import Part, load
+from luthier.rows import Message, Role
+from luthier.serving.service import Options, Service
+
+PLACE = "/v1/fine_tuning/alpha/graders"
+FLAGS = (
+    "formula_parse_error", "invalid_variable_error", "model_grader_parse_error", "model_grader_refusal_error",
+    "model_grader_server_error", "other_error", "python_grader_runtime_error", "python_grader_server_error",
+    "sample_parse_error", "truncated_observation_error", "unresponsive_reward_error",
+)  # fmt: skip
+DETAILS = (
+    "model_grader_server_error_details", "python_grader_runtime_error_details",
+    "python_grader_server_error_type",
+)  # fmt: skip
+
+
+class ToValidate(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    grader: dict[str, Any]
+
+
+class ToRun(ToValidate):
+    model_sample: str
+    item: dict[str, Any] = Field(default={})
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(f"{PLACE}/validate", openapi_extra=_body(ToValidate))
+    async def validate(request: Request) -> dict[str, Any]:
+        """Whether this is a grader; it comes back with its defaults filled in."""
+        asked = await _read(request, service, ToValidate)
+        part = await run_in_threadpool(_part, asked.grader)
+        return {"grader": metrics.write(part)}
+
+    @router.post(f"{PLACE}/run", openapi_extra=_body(ToRun))
+    async def run(request: Request) -> dict[str, Any]:
+        """What a grader gives one answer."""
+        asked = await _read(request, service, ToRun)
+        return await run_in_threadpool(_graded, asked, service)
+
+    return router
+
+
+class Judges:
+    """Asks the server's own models, and counts what they were asked."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.model: str | None = None
+
+    def __call__(self, question: Question) -> str:
+        self.model = question.model
+        turns = [Message(Role(role), text) for role, text in question.turns]
+        options = Options(
+            max_tokens=question.max_new_tokens, temperature=question.temperature, top_p=question.top_p,
+            seed=question.seed,
+        )  # fmt: skip
+        try:
+            return "".join(self._service.talk(question.model, turns, options))
+        except LuthierError as error:
+            raise NotAsked(error.what, hint=error.hint) from error
+
+
+class NotAsked(GraderError):
+    """The judge gave no answer at all."""
+
+    flag = "model_grader_server_error"
+
+
+def _graded(asked: ToRun, service: Service) -> dict[str, Any]:
+    part, judges = _part(asked.grader), Judges(service)
+    began = time.perf_counter()
+    reward, failed = 0.0, None
+    scores: Mapping[str, float] = {}
+    try:
+        scores = _scores(part, asked, judges)
+        multi = part.name == "multi"
+        reward = (
+            load("metrics", "multi").combined(part.params, scores) if multi else next(iter(scores.values()))
+        )
+    except GraderError as error:
+        failed = error
+    errors: dict[str, Any] = dict.fromkeys(FLAGS, False) | dict.fromkeys(DETAILS)
+    if failed is not None:
+        errors[failed.flag] = True
+        if failed.flag == NotAsked.flag:
+            errors["model_grader_server_error_details"] = failed.what
+    return {
+        "reward": reward,
+        "sub_rewards": scores if part.name == "multi" else {},
+        "model_grader_token_usage_per_model": {},
+        "metadata": {
+            "name": part.params.label,  # type: ignore[attr-defined]
+            "type": part.name,
+            "errors": errors,
+            "execution_time": time.perf_counter() - began,
+            "scores": scores,
+            "token_usage": None,
+            "sampled_model_name": judges.model,
+        },
+    }
+
+
+def _scores(part: Part, asked: ToRun, judges: Judges) -> Mapping[str, float]:
+    """The score by the grader's name; of a multi grader, its members' scores by theirs."""
+    if part.name == "multi":
+        found: dict[str, float] = part.module.parts(asked.model_sample, asked.item, part.params, judges)
+        return found
+    label = part.params.label or part.name  # type: ignore[attr-defined]
+    return {label: metrics.score(part, asked.model_sample, asked.item, judges)}
+
+
+def _part(grader: Mapping[str, Any]) -> Part:
+    try:
+        return metrics.read(grader)
+    except GraderError as error:
+        what = f"{error.where}: {error.what}" if error.where else error.what
+        raise RequestError(what, param="grader", code="invalid_grader", hint=error.hint) from error
+
+
+async def _read(request: Request, service: Service, form: Any) -> Any:
+    data = await Exchange(request, lambda record: None).body(service.limits.body_bytes)
+    try:
+        return form.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join(map(str, first["loc"])) or None
+        raise RequestError(f"{param or 'the body'}: {first['msg']}", param=param) from error
+
+
+def _body(form: type[BaseModel]) -> dict[str, Any]:
+    schema = form.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

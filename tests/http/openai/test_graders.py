@@ -1,0 +1,82 @@
+"""Graders over the wire, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from luthier.serving.limits import Limits
+from tests.http.running import Client, threaded
+from tests.metrics.test_graders import BOTH, CHECK, CLOSE, JUDGE
+from tests.serving.make_home import NAME, World
+
+
+@pytest.fixture(scope="module")
+def client(world: World) -> Iterator[Client]:
+    with threaded(world.store, world.home, limits=Limits(default_tokens=4, grace_s=1.0)) as client:
+        yield client
+
+
+@pytest.fixture
+def graders(client: Client) -> Any:
+    with openai.OpenAI(base_url=f"{client.url}/v1", api_key=client.key, max_retries=0) as made:
+        yield made.fine_tuning.alpha.graders
+
+
+@pytest.mark.parametrize("grader", [CHECK, CLOSE, JUDGE, BOTH])
+def test_a_grader_comes_back_validated(graders: Any, grader: dict[str, Any]) -> None:
+    found = graders.validate(grader=grader).grader.model_dump()
+    assert (found["type"], found["name"]) == (grader["type"], grader["name"])
+
+
+@pytest.mark.parametrize(
+    ("grader", "words"),
+    [
+        ({"type": "python", "name": "x", "source": "import os"}, "runs no code"),
+        ({"type": "string_check", "name": "x"}, "reference"),
+        ({**BOTH, "calculate_output": "same +"}, "calculate_output"),
+        ({}, "type"),
+    ],
+)
+def test_what_is_no_grader_is_a_400_that_says_why(graders: Any, grader: dict[str, Any], words: str) -> None:
+    for call in (graders.validate, lambda **asked: graders.run(model_sample="x", **asked)):
+        with pytest.raises(openai.BadRequestError, match=words) as caught:
+            call(grader=grader)
+        assert caught.value.param == "grader" and caught.value.code == "invalid_grader"
+
+
+def test_an_answer_is_scored(graders: Any) -> None:
+    found = graders.run(grader=BOTH, model_sample="the cat", item={"answer": "the cat sat down"})
+    assert found.reward == pytest.approx(0.75 * 4 / 6)
+    assert found.sub_rewards == {"same": 0.0, "near": pytest.approx(4 / 6)}
+    assert (found.metadata.type, found.metadata.name) == ("multi", "both")
+    errors = found.metadata.errors.model_dump()
+    assert len(errors) >= 14 and not any(errors.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sample", "flag"),
+    [
+        ({"reference": "{{ item.none }}"}, "x", "invalid_variable_error"),
+        ({"input": "{{ sample.output_json.a }}"}, "not json", "sample_parse_error"),
+    ],
+)
+def test_an_answer_that_cannot_be_scored_earns_nothing_and_says_why(
+    graders: Any, changes: dict[str, Any], sample: str, flag: str
+) -> None:
+    found = graders.run(grader={**CHECK, **changes}, model_sample=sample, item={"answer": "x"})
+    errors = found.metadata.errors.model_dump()
+    assert found.reward == 0.0 and [name for name, raised in errors.items() if raised] == [flag]
+
+
+def test_a_judge_is_a_model_of_this_server(graders: Any) -> None:
+    judge = {**JUDGE, "model": f"{NAME}@production"}
+    errors = graders.run(grader=judge, model_sample="x").metadata.errors
+    assert errors.api_model_grader_parse_error  # a random model gives no number, but it was asked
+    scored = graders.run(grader={**judge, "failure_score": 2.5}, model_sample="x")
+    assert scored.reward == 2.5 and scored.metadata.sampled_model_name == judge["model"]
+    stranger = graders.run(grader={**JUDGE, "model": "gpt-4o"}, model_sample="x").metadata.errors
+    assert stranger.api_model_grader_server_error and stranger.api_model_grader_server_error_details
