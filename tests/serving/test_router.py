@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from luthier import owners
+from luthier.bases import Entry, enter
 from luthier.errors import GateRefused, NotFound, StoreError
 from luthier.serving.router import Router
 from luthier.store import Store
@@ -99,7 +101,7 @@ def test_a_file_that_vanishes_later_is_found_too(world: World, tmp_path: Path) -
 
 
 def test_every_alias_and_every_accepted_digest_is_listed(world: World, router: Router) -> None:
-    listed = {entry.model: entry.release.digest for entry in router.listed()}
+    listed = {entry.model: entry.digest for entry in router.listed()}
     assert listed["guard@production"] == world.releases[0]
     assert all(listed[f"guard@{digest}"] == digest for digest in world.releases)
     assert all(
@@ -107,3 +109,42 @@ def test_every_alias_and_every_accepted_digest_is_listed(world: World, router: R
         for model, digest in listed.items()
         if digest in world.releases
     )
+
+
+def test_a_bases_name_is_answered_by_the_base_alone(world: World, tmp_path: Path) -> None:
+    copy = copy_home(world, tmp_path / "home")
+    router = Router(copy.store, copy.home)
+    digest = router.resolve("guard").base_digest
+    enter(copy.store, Entry("Tiny", {}, copy.model, digest, {}))
+    for tenant in (None, "local", "someone"):
+        target = router.resolve("Tiny", tenant)
+        assert (target.name, target.adapter_digest, target.adapter_dir) == ("Tiny", None, None)
+        assert target.release_digest == target.base_digest == digest
+        assert "Tiny" in [entry.model for entry in router.listed(tenant)]
+    enter(copy.store, Entry("Wrong", {}, copy.model, "0" * 64, {}))
+    with pytest.raises(StoreError, match="does not hold base"):
+        router.resolve("Wrong")
+
+
+def test_a_release_of_another_tenant_is_not_found_until_it_is_shared(world: World, tmp_path: Path) -> None:
+    copy = copy_home(world, tmp_path / "home")
+    router = Router(copy.store, copy.home)
+    names = ("guard", "guard@production", f"guard@{copy.releases[0]}")
+    for model in names:
+        assert router.resolve(model, "local") == router.resolve(model)
+        with pytest.raises(NotFound) as foreign:
+            router.resolve(model, "someone")
+        with pytest.raises(NotFound) as unknown:
+            router.resolve(model.replace("guard", "gourd"), "someone")
+        assert str(foreign.value) == str(unknown.value).replace("gourd", "guard")
+        with pytest.raises(NotFound):
+            router.entry(model, "someone")
+    assert router.listed("someone") == []
+    owners.share(copy.store, "guard", actor="test")
+    assert [router.resolve(model, "someone").release_digest for model in names] == [copy.releases[0]] * 3
+    assert router.listed("someone") == router.listed("local")
+    owners.share(copy.store, "guard", actor="test", on=False)
+    with pytest.raises(NotFound):
+        router.resolve("guard", "someone")
+    with pytest.raises(NotFound, match="did you mean 'guard'"):
+        owners.share(copy.store, "gard", actor="test")

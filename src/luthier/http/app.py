@@ -11,26 +11,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from datetime import datetime
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
+from luthier.assemblies import Assemblies
 from luthier.errors import LuthierError
 from luthier.http import chat, problems
-from luthier.http.auth import Guard, fingerprint
+from luthier.http.auth import Guard, caller, fingerprint
 from luthier.http.chat import Asked, ChatRequest, Shape, Usage
 from luthier.http.exchange import GONE, Exchange
 from luthier.http.meter import Meter
-from luthier.http.openai import graders
-from luthier.serving.router import Listed
+from luthier.http.openai import files, graders, models, parts
 from luthier.serving.service import Service
 from luthier.serving.worker import End, Heard
 from luthier.store import RequestRecord
+from luthier.uploads import Uploads
 
 log = logging.getLogger("luthier.http")
 
@@ -38,7 +38,7 @@ SCHEMA = ChatRequest.model_json_schema()
 BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": SCHEMA}}}}
 
 
-def create_app(service: Service, key: str) -> FastAPI:
+def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
     """The ASGI app over a started service; every route but /health asks for `key`."""
     app = FastAPI(
         title="luthier", docs_url=None, redoc_url=None, redirect_slashes=False
@@ -46,6 +46,7 @@ def create_app(service: Service, key: str) -> FastAPI:
     app.add_middleware(Guard, key_sha256=fingerprint(key))
     app.add_exception_handler(LuthierError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(RequestValidationError, _misspelt)
     app.add_exception_handler(Exception, _bug)
     meter = Meter(service)
 
@@ -63,12 +64,6 @@ def create_app(service: Service, key: str) -> FastAPI:
         """Counters and histograms in Prometheus' text format."""
         return Response(meter.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """Every NAME@ALIAS, and every accepted release as NAME@DIGEST."""
-        listed = await run_in_threadpool(service.router.listed)
-        return {"object": "list", "data": [_model(entry) for entry in listed]}
-
     @app.post("/v1/chat/completions", openapi_extra=BODY, response_class=JSONResponse)
     async def completions(request: Request) -> Response:
         """Go on with a conversation. Differs from OpenAI: greedy (temperature 0) unless a temperature is
@@ -76,6 +71,9 @@ def create_app(service: Service, key: str) -> FastAPI:
         return await _complete(request, service, note)
 
     app.include_router(graders.routes(service))
+    app.include_router(models.routes(service.router))
+    app.include_router(files.routes(uploads))
+    app.include_router(parts.routes(Assemblies(service.store, uploads)))
     return app
 
 
@@ -110,7 +108,8 @@ async def _begin(exchange: Exchange, service: Service) -> tuple[Asked, Heard]:
     """Up to the first event of the answer: until here, a refusal can still have its own status."""
     asked = chat.parse(await exchange.body(service.limits.body_bytes))
     exchange.model = asked.model
-    target = await run_in_threadpool(service.router.resolve, asked.model)
+    tenant = caller(exchange.request).tenant
+    target = await run_in_threadpool(service.router.resolve, asked.model, tenant)
     exchange.release = target.release_digest
     ask = await run_in_threadpool(service.prepare, target, asked.messages, asked.options)
     exchange.begin(service, ask)
@@ -155,17 +154,6 @@ async def _close(exchange: Exchange) -> None:
     exchange.close()
 
 
-def _model(entry: Listed) -> dict[str, Any]:
-    created = int(datetime.fromisoformat(entry.release.at).timestamp())
-    return {
-        "id": entry.model,
-        "object": "model",
-        "created": created,
-        "owned_by": "luthier",
-        "release": entry.release.digest,
-    }
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     return problems.response(error)
 
@@ -174,6 +162,15 @@ async def _no_route(request: Request, error: Exception) -> Response:
     code = error.status_code if isinstance(error, HTTPException) else 404
     what = "this path does not take this method" if code == 405 else f"no such path: {request.url.path[:100]}"
     return problems.refusal(code, what, None)
+
+
+async def _misspelt(request: Request, error: Exception) -> Response:
+    """A path, query or body that a route's own types refuse."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(step) for step in first["loc"][1:4])
+    what = f"{place}: {first['msg']}" if place else str(first["msg"])
+    return problems.response(problems.RequestError(what, param=place.split(".")[0] or None))
 
 
 async def _bug(request: Request, error: Exception) -> Response:

@@ -40,7 +40,7 @@ class TooSlow(RequestError):
 
 class Exchange:
     def __init__(self, request: Request, note: Callable[[RequestRecord], None]) -> None:
-        self._request = request
+        self.request = request
         self._note: Callable[[RequestRecord], None] | None = note
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._cancel: Callable[[], None] | None = None
@@ -60,13 +60,13 @@ class Exchange:
 
     async def body(self, limit_bytes: int) -> bytes:
         """The request's body; too large or too slow is refused without reading on."""
-        declared = self._request.headers.get("content-length", "")
+        declared = self.request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit_bytes:
             raise _too_large(limit_bytes)
         data = bytearray()
         try:
             async with asyncio.timeout(BODY_S):
-                async for chunk in self._request.stream():
+                async for chunk in self.request.stream():
                     data += chunk
                     if len(data) > limit_bytes:
                         raise _too_large(limit_bytes)
@@ -127,7 +127,7 @@ class Exchange:
         )
 
     async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+        while (await self.request.receive())["type"] != "http.disconnect":
             pass
         if self._cancel is not None:
             self._cancel()

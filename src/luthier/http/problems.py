@@ -50,8 +50,8 @@ def body(error: Exception) -> dict[str, Any]:
         return _shape("the server failed; its log has the details", "server_error", None, "internal_error")
     message = f"{error.what} ({error.hint})" if error.hint else error.what
     kind = KINDS.get(error.http_code, "invalid_request_error" if error.http_code < 500 else "server_error")
-    if isinstance(error, RequestError):
-        return _shape(message, kind, error.param, error.code)
+    if hasattr(error, "param"):  # the error says itself which field it is about
+        return _shape(message, kind, error.param, getattr(error, "code", None))
     code = next((code for family, code in CODES if isinstance(error, family)), None)
     param = PARAMS.get(code or "")
     return _shape(message, kind, param, code or ("unavailable" if error.http_code == 503 else None))

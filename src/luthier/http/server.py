@@ -27,6 +27,7 @@ from luthier.http.auth import new_key
 from luthier.serving.limits import DEFAULTS, Limits
 from luthier.serving.service import Service
 from luthier.store import Store
+from luthier.uploads import Uploads
 
 BEAT_S = 0.05
 
@@ -53,8 +54,10 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
     service = Service(store, home, door.limits, door.threads, door.apart)
     with _claimed(door.host, door.port) as claimed, _signals(door.stop), service:
         service.warm()
+        uploads = Uploads(store, home)
+        uploads.sweep()
         config = uvicorn.Config(
-            create_app(service, key),
+            create_app(service, key, uploads),
             http="h11",
             ws="none",
             lifespan="off",
@@ -65,7 +68,7 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
             timeout_graceful_shutdown=math.ceil(door.limits.grace_s) + 5,
         )
         listed = service.router.listed()
-        models = [entry.model for entry in listed if not entry.model.endswith(entry.release.digest)]
+        models = [entry.model for entry in listed if not entry.model.endswith(entry.digest)]
         ready = {"url": _url(claimed), "key": key, "models": models}
         asyncio.run(_live(uvicorn.Server(config), claimed, service, door, lambda: announce(ready)))
 

@@ -1,9 +1,10 @@
-"""Which release answers: `NAME` (its production), `NAME@ALIAS`, or `NAME@DIGEST` (12 or more hex digits).
+"""Which model answers: `NAME` (its production), `NAME@ALIAS`, `NAME@DIGEST` (12 hex digits or more), a base.
 
 Nothing about aliases is remembered between requests: each resolution is one indexed read, so a promote or
 rollback by another process holds from the next request on. A release is handed out only if its sealed
 files are whole (sizes each time, every byte when this process first sees it) and if its adapter was
-trained on the very base that will be loaded under it.
+trained on the very base that will be loaded under it. A base's name is answered by the base alone. A name
+that its caller may not see is not found, in the same words as one that nobody has.
 
 It does not know HTTP, tokens or models in memory. An alias that looks like a digest is never found.
 """
@@ -14,10 +15,12 @@ import json
 import re
 import threading
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from luthier import artifacts
+from luthier import artifacts, bases, owners
+from luthier.bases import Entry
 from luthier.errors import GateRefused, NotFound, StoreError
 from luthier.home import Home
 from luthier.plugins import unknown
@@ -30,22 +33,27 @@ DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A release, verified: the base to load and the adapter to lay over it, each by its content."""
+    """A release, verified: the base to load and the adapter to lay over it, each by its content.
+
+    A bare base has no adapter, and its `release_digest` is the base's own.
+    """
 
     release_digest: str
     name: str
     base_digest: str
     base_dir: Path
-    adapter_digest: str
-    adapter_dir: Path
+    adapter_digest: str | None
+    adapter_dir: Path | None
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A name under which a model can be asked for, and the release that would answer now."""
+    """A name under which a model can be asked for, and the release (or base) that would answer now."""
 
     model: str
-    release: ReleaseRecord
+    digest: str
+    created_at: int
+    owner: str
 
 
 class Router:
@@ -55,21 +63,26 @@ class Router:
         self._whole: set[str] = set()  # artefacts whose every byte was checked by this process
         self._checking = threading.Lock()
 
-    def resolve(self, model: str) -> Target:
-        """The release that `model` names now; raises `NotFound` with the nearest name."""
+    def resolve(self, model: str, tenant: str | None = None) -> Target:
+        """What `model` names now for `tenant` (None: sees all); raises `NotFound` with the nearest name."""
+        if (base := bases.get(self._store, model)) is not None:
+            return self._bare(base)
+        record = self._record(model, tenant)
+        return self.target(record.digest, record.name)
+
+    def _record(self, model: str, tenant: str | None) -> ReleaseRecord:
+        """The release behind NAME, NAME@ALIAS or NAME@DIGEST."""
         spelt = SPELLING.fullmatch(model)
-        if spelt is None:
-            raise self._not_found(model)
+        if spelt is None or not owners.visible(self._store, spelt["name"], tenant):
+            raise self._not_found(model, tenant)
         name, which = spelt["name"], spelt["which"] or DEFAULT_ALIAS
-        if DIGEST.fullmatch(which):
-            record = self._release(name, which, model)
-            if not record.accepted:
-                raise GateRefused(f"{name}@{which[:12]} was refused by its gates and is not served")
-            return self.target(record.digest, name)
-        digest = self._store.resolve(name, which)
+        digest = which if DIGEST.fullmatch(which) else self._store.resolve(name, which)
         if digest is None:
-            raise self._not_found(model)
-        return self.target(digest, name)
+            raise self._not_found(model, tenant)
+        record = self._release(name, digest, model, tenant)
+        if digest == which and not record.accepted:
+            raise GateRefused(f"{name}@{which[:12]} was refused by its gates and is not served")
+        return record
 
     def target(self, release_digest: str, name: str) -> Target:
         """Verify one release and the base it stands on."""
@@ -94,37 +107,67 @@ class Router:
             )
         return Target(release_digest, name, base["digest"], model / "base", _adapter_digest(folder), adapter)
 
-    def listed(self) -> list[Listed]:
-        """Every `NAME@ALIAS`, then every accepted release as `NAME@DIGEST`."""
-        found: list[Listed] = []
-        for name in self._store.names():
+    def _bare(self, base: Entry) -> Target:
+        """A base as it came, without an adapter."""
+        folder = self._verified(base.model)
+        if _read(folder / "base.json")["digest"] != base.base:
+            raise StoreError(
+                f"artefact {base.model[:12]} does not hold base {base.base[:12]}", where=str(folder)
+            )
+        return Target(base.base, base.name, base.base, folder / "base", None, None)
+
+    def listed(self, tenant: str | None = None) -> list[Listed]:
+        """What `tenant` may ask for: bases, every `NAME@ALIAS`, and accepted releases as `NAME@DIGEST`."""
+        found = [
+            Listed(base.name, base.base, base.created_at, "luthier") for base in bases.listed(self._store)
+        ]
+        for name in self._names(tenant):
             records = {record.digest: record for record in self._store.releases(name)}
             for alias, digest in sorted(self._store.aliases(name).items()):
                 if digest in records:
-                    found.append(Listed(f"{name}@{alias}", records[digest]))
-            found += [Listed(f"{name}@{r.digest}", r) for r in records.values() if r.accepted]
+                    found.append(self._entry(f"{name}@{alias}", records[digest]))
+            found += [self._entry(f"{name}@{r.digest}", r) for r in records.values() if r.accepted]
         return found
 
-    def in_production(self) -> list[str]:
-        """The models worth loading before anyone asks."""
-        names = self._store.names()
-        return [f"{name}@{DEFAULT_ALIAS}" for name in names if self._store.resolve(name, DEFAULT_ALIAS)]
+    def entry(self, model: str, tenant: str | None = None) -> Listed:
+        """One name that `tenant` may ask for, as `listed` has it; a short spelling is found too."""
+        if (base := bases.get(self._store, model)) is not None:
+            return Listed(base.name, base.base, base.created_at, "luthier")
+        return self._entry(model, self._record(model, tenant))
 
-    def _release(self, name: str, prefix: str, model: str) -> ReleaseRecord:
+    def withdraw(self, model: str, tenant: str | None = None) -> None:
+        """Give up a tuned model's name for good; `NotFound` for what is not a tuned model of `tenant`'s."""
+        raise self._not_found(model, tenant)
+
+    def in_production(self) -> list[str]:
+        """The models worth loading before anyone asks: bases, and what stands in production."""
+        names = self._store.names()
+        named = [f"{name}@{DEFAULT_ALIAS}" for name in names if self._store.resolve(name, DEFAULT_ALIAS)]
+        return [base.name for base in bases.listed(self._store)] + named
+
+    def _entry(self, model: str, record: ReleaseRecord) -> Listed:
+        created_at = int(datetime.fromisoformat(record.at).timestamp())
+        return Listed(model, record.digest, created_at, owners.owner(self._store, record.name))
+
+    def _names(self, tenant: str | None) -> list[str]:
+        return [name for name in self._store.names() if owners.visible(self._store, name, tenant)]
+
+    def _release(self, name: str, prefix: str, model: str, tenant: str | None) -> ReleaseRecord:
         try:
             return self._store.release(name, prefix)
         except NotFound:
-            raise self._not_found(model) from None
+            raise self._not_found(model, tenant) from None
 
-    def _not_found(self, model: str) -> NotFound:
-        aliased = [
-            f"{name}@{alias}" for name in self._store.names() for alias in sorted(self._store.aliases(name))
+    def _not_found(self, model: str, tenant: str | None) -> NotFound:
+        known = [base.name for base in bases.listed(self._store)]
+        known += [
+            f"{name}@{alias}" for name in self._names(tenant) for alias in sorted(self._store.aliases(name))
         ]
-        if not aliased:
+        if not known:
             return NotFound(
                 f"unknown model {model!r}: nothing is released here yet", hint="luthier run RECIPE"
             )
-        return NotFound(unknown("model", model, aliased), hint="write NAME, NAME@ALIAS or NAME@DIGEST")
+        return NotFound(unknown("model", model, known), hint="write NAME, NAME@ALIAS or NAME@DIGEST")
 
     def _verified(self, digest: str) -> Path:
         folder = self._home.artifact(digest)

@@ -95,6 +95,7 @@ class Service:
     ) -> None:
         """`apart`: the engine is a process of its own, and comes back when it crashes."""
         self.limits = limits
+        self.store = store
         self.router = Router(store, home)
         self.engine = (EngineProcess if apart else Worker)(replace(limits, waiting=QUEUE), threads)
         self.worker = Desk(self.engine, limits)

@@ -278,13 +278,15 @@ class Worker:
             self._bases[target.base_digest] = runtime
             self._adapters[target.base_digest] = OrderedDict()
             self._writers[target.base_digest] = template.load_tokenizer(target.base_dir)
+        self._bases.move_to_end(target.base_digest)
+        if target.adapter_digest is None or target.adapter_dir is None:
+            return runtime
         adapters = self._adapters[target.base_digest]
         if target.adapter_digest not in adapters:
             self._drop_unused_adapters(runtime, adapters)
             runtime.add(target.adapter_digest, target.adapter_dir)
             adapters[target.adapter_digest] = None
         adapters.move_to_end(target.adapter_digest)
-        self._bases.move_to_end(target.base_digest)
         return runtime
 
     def _drop_unused_bases(self) -> None:

@@ -1,0 +1,43 @@
+"""Whose a release's name is, and who else may ask for it.
+
+A release made by a recipe on the command line belongs to the tenant `local`; one made by a job belongs to the
+job's tenant, as its row in `tuned` says. The server's admin may share a name: then every tenant may ask for
+it. `tenant` None is this machine's own command line, which sees everything. It does not know keys or doors.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import delete, insert, select
+
+from luthier.errors import NotFound
+from luthier.plugins import unknown
+from luthier.schema.uploads import SHARED
+from luthier.store import Store
+from luthier.store_engine import now
+
+LOCAL = "local"
+
+
+def visible(store: Store, name: str, tenant: str | None) -> bool:
+    """Whether `tenant` may ask for the releases of `name`."""
+    return tenant is None or tenant == owner(store, name) or name in shared(store)
+
+
+def owner(store: Store, name: str) -> str:
+    """The tenant that the name belongs to."""
+    del store, name
+    return LOCAL
+
+
+def shared(store: Store) -> set[str]:
+    return {row["name"] for row in store.rows(select(SHARED.c.name))}
+
+
+def share(store: Store, name: str, *, actor: str, on: bool = True) -> None:
+    """Let every tenant ask for a name, or only its owner again; saying it twice changes nothing."""
+    if name not in store.names():
+        raise NotFound(unknown("model", name, store.names()), hint="`luthier releases` lists them")
+    with store.writing() as connection:
+        connection.execute(delete(SHARED).where(SHARED.c.name == name))
+        if on:
+            connection.execute(insert(SHARED), {"name": name, "actor": actor, "at": now()})
