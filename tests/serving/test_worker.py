@@ -3,14 +3,19 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from luthier.engine.grammar import Grammar, Kind
+from luthier.engine.sampling import Sampling
 from luthier.errors import DataError, LuthierError, ModelError, ServeError
 from luthier.serving.limits import Busy, Limits
 from luthier.serving.service import Options, Service
-from luthier.serving.worker import Ask, End, Event, Failed, Said
+from luthier.serving.worker import Ask, End, Event, Failed, Read, Said
 from tests.serving.make_home import PROMPTS, TOKENS, World, asked, publish_base, publish_release
 
 LONG = Options(max_tokens=1900)
@@ -40,7 +45,8 @@ def finish(events: queue.Queue[Event]) -> tuple[list[int], str, Event]:
         text += event.text
         if isinstance(event, End):
             return tokens, text, event
-        tokens.append(event.token)
+        if isinstance(event, Said):
+            tokens.append(event.token)
 
 
 def settle(service: Service) -> None:
@@ -183,3 +189,32 @@ def test_closing_finishes_what_is_short_and_fails_what_is_long(world: World) -> 
 def test_a_damaged_release_does_not_keep_the_others_from_being_loaded(world: World) -> None:
     with Service(world.store, world.home) as service:
         assert service.warm() == 1
+
+
+def test_a_bare_base_scores_its_prompt_and_tells_what_it_thought_of_each_token(
+    world: World, service: Service
+) -> None:
+    told = ask_for(service, "guard", "hello there", Options(4))
+    target = replace(told.target, adapter_digest=None, adapter_dir=None)
+    ask = replace(told, target=target, sampling=Sampling(4, logprobs=2), score_prompt=True)
+    events, _ = begin(service, ask)
+    heard = [events.get(timeout=30)]
+    while not isinstance(heard[-1], End | Failed):
+        heard.append(events.get(timeout=30))
+    read, said = heard[0], [event for event in heard if isinstance(event, Said)]
+    model = AutoModelForCausalLM.from_pretrained(target.base_dir)
+    ids = [*ask.prompt_ids, *(event.token for event in said)]
+    with torch.inference_mode():
+        logp_T_V = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+    expected = [float(logp_T_V[n, token]) for n, token in enumerate(ids[1:])]
+    assert isinstance(read, Read) and read.logps[0] is None
+    assert [*read.logps[1:], *(event.logp for event in said)] == pytest.approx(expected, abs=1e-4)
+    assert [len(top) for top in read.tops] == [0] + [2] * (len(ask.prompt_ids) - 1)
+    assert all(event.top[0][0] == event.token for event in said)
+
+
+def test_a_grammar_shapes_what_is_said(service: Service) -> None:
+    ask = ask_for(service, "guard", "hello there", Options(8))
+    events, _ = begin(service, replace(ask, grammar=Grammar(Kind.REGEX, "(yes|no)")))
+    _, text, end = finish(events)
+    assert text in {"yes", "no"} and isinstance(end, End)

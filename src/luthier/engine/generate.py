@@ -28,9 +28,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from luthier.engine.sampling import Chooser, Sampling
+from luthier.engine.sampling import Chooser, Chosen, Sampling, likeliest
 from luthier.errors import ModelError
 
+TILE = 256  # positions of a prompt whose logits are held at once
 ROWS = 64  # rows of one evaluation batch
 PADDED_TOKENS = 6144  # and its size once padded; more gains nothing on a CPU and costs memory
 
@@ -126,21 +127,35 @@ class Runtime:
         if not prompt_ids:
             raise ModelError("an empty prompt has no next token")
         self._require(adapter)
-        return self._stream(list(prompt_ids), sampling, adapter, stop_ids)
+        chosen = self.answer(prompt_ids, Chooser(sampling), adapter, stop_ids)
+        return (one.token for one in chosen)
 
-    def _stream(
-        self, prompt_ids: list[int], sampling: Sampling, adapter: str | None, stop_ids: frozenset[int]
-    ) -> Iterator[int]:
-        chooser = Chooser(sampling)
+    def answer(
+        self, prompt_ids: Sequence[int], chooser: Chooser, adapter: str | None, stop_ids: frozenset[int]
+    ) -> Iterator[Chosen]:
+        """The same, as `chooser` chooses, with what it tells of each token."""
         cache = DynamicCache(config=self._model.config)
-        ids_BT = torch.tensor([prompt_ids])
-        for _ in range(sampling.max_new_tokens):
-            logits_V = self._step(ids_BT, cache, adapter)
-            token = chooser.choose(logits_V).token
-            yield token
-            if token in stop_ids:
+        ids_BT = torch.tensor([list(prompt_ids)])
+        for _ in range(chooser.sampling.max_new_tokens):
+            chosen = chooser.choose(self._step(ids_BT, cache, adapter))
+            yield chosen
+            if chosen.token in stop_ids:
                 return
-            ids_BT = torch.tensor([[token]])
+            ids_BT = torch.tensor([[chosen.token]])
+
+    @torch.inference_mode()
+    def prompt_logps(self, prompt_ids: Sequence[int], top: int, adapter: str | None) -> list[Chosen]:
+        """What the model thinks of each token of a prompt but the first, and its `top` likeliest instead."""
+        self._use(adapter)
+        ids_T = torch.tensor(list(prompt_ids), device=self._model.device)
+        hidden_T_E = self._model.get_decoder()(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
+        found: list[Chosen] = []
+        for begin in range(0, len(ids_T) - 1, TILE):
+            some_N_E = hidden_T_E[begin : min(begin + TILE, len(ids_T) - 1)]
+            logp_N_V = torch.log_softmax(self._model.get_output_embeddings()(some_N_E).float(), dim=-1).cpu()
+            for logp_V, token in zip(logp_N_V, prompt_ids[begin + 1 :], strict=False):
+                found.append(Chosen(token, float(logp_V[token]), likeliest(logp_V, top)))
+        return found
 
     @torch.inference_mode()
     def _step(self, ids_BT: Tensor, cache: Any, adapter: str | None) -> Tensor:

@@ -24,7 +24,8 @@ from typing import Any
 
 from luthier import template
 from luthier.engine.generate import Runtime
-from luthier.engine.sampling import Sampling
+from luthier.engine.grammar import Grammar, constraint
+from luthier.engine.sampling import Chooser, Chosen, Sampling
 from luthier.errors import LuthierError, ServeError
 from luthier.serving.limits import Limits, busy
 from luthier.serving.router import Target
@@ -50,6 +51,24 @@ class Said:
 
     token: int
     text: str
+    logp: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What the model thinks of the prompt's own tokens, where asked: `logps` has None for the first.
+
+    `tops` has, for each token, the likeliest ones in its place, as many as `sampling.logprobs` says.
+    """
+
+    logps: tuple[float | None, ...]
+    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Reading says nothing."""
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +86,7 @@ class Failed:
     error: LuthierError
 
 
-Heard = Said | End
+Heard = Said | Read | End
 Event = Heard | Failed
 Sink = Callable[[Event], None]
 
@@ -81,6 +100,8 @@ class Ask:
     sampling: Sampling
     stop_ids: frozenset[int]
     stops: tuple[str, ...] = ()
+    grammar: Grammar | None = None
+    score_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +117,7 @@ class _Line:
     ask: Ask
     sink: Sink
     cancelled: bool = False
-    stream: Iterator[int] | None = None
+    stream: Iterator[Chosen] | None = None
     text: Unfolding | None = None
     tokens: int = 0
     began_s: float = field(default_factory=time.monotonic)
@@ -225,15 +246,15 @@ class Worker:
         if last is not None:
             self._leave(line, last)
 
-    def _say(self, line: _Line, token: int | None) -> Reason | None:
+    def _say(self, line: _Line, chosen: Chosen | None) -> Reason | None:
         """Tell what a token says, and whether it was the last."""
-        if token is None:
+        if chosen is None:
             return Reason.LENGTH
         line.tokens += 1
-        if token in line.ask.stop_ids or line.text is None:
-            self._tell(line, Said(token, ""))
+        if chosen.token in line.ask.stop_ids or line.text is None:
+            self._tell(line, Said(chosen.token, "", chosen.logp, chosen.top))
             return Reason.STOP
-        self._tell(line, Said(token, line.text.push(token)))
+        self._tell(line, Said(chosen.token, line.text.push(chosen.token), chosen.logp, chosen.top))
         if line.text.stopped:
             return Reason.STOP
         return Reason.LENGTH if line.tokens >= line.ask.sampling.max_new_tokens else None
@@ -262,11 +283,16 @@ class Worker:
         else:
             done.set_result(None)
 
-    def _begin(self, line: _Line) -> Iterator[int]:
+    def _begin(self, line: _Line) -> Iterator[Chosen]:
         ask = line.ask
         runtime = self._load(ask.target)
-        line.text = Unfolding(self._writers[ask.target.base_digest], ask.stops)
-        line.stream = runtime.stream(ask.prompt_ids, ask.sampling, ask.target.adapter_digest, ask.stop_ids)
+        writer, adapter = self._writers[ask.target.base_digest], ask.target.adapter_digest
+        line.text = Unfolding(writer, ask.stops)
+        chooser = Chooser(ask.sampling, None if ask.grammar is None else constraint(ask.grammar, writer))
+        if ask.score_prompt:
+            found = runtime.prompt_logps(ask.prompt_ids, ask.sampling.logprobs or 0, adapter)
+            self._tell(line, Read((None, *(one.logp for one in found)), ((), *(one.top for one in found))))
+        line.stream = runtime.answer(ask.prompt_ids, chooser, adapter, ask.stop_ids)
         return line.stream
 
     def _load(self, target: Target) -> Runtime:
@@ -282,6 +308,9 @@ class Worker:
         if target.adapter_digest is None or target.adapter_dir is None:
             return runtime
         adapters = self._adapters[target.base_digest]
+        self._bases.move_to_end(target.base_digest)
+        if target.adapter_digest is None or target.adapter_dir is None:
+            return runtime
         if target.adapter_digest not in adapters:
             self._drop_unused_adapters(runtime, adapters)
             runtime.add(target.adapter_digest, target.adapter_dir)
