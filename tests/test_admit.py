@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def place(folder: Path) -> Place:
 
 
 def section(folder: Path) -> dict[str, object]:
-    return admit.section_of(folder, "Apache-2.0", "float32")
+    return admit.section_of(folder, "Apache-2.0")
 
 
 def test_a_base_is_sealed_by_an_ordinary_run_and_found_by_its_name(tmp_path: Path) -> None:
@@ -80,12 +82,27 @@ def test_names_of_bases_are_plain_and_never_a_releases(tmp_path: Path) -> None:
 def test_the_demos_base_is_the_one_of_the_guard_example(tmp_path: Path) -> None:
     recipe = yaml.safe_load(GUARD.read_text("utf-8"))
     assert recipe["model"] == admit.DEMO_SECTION
-    assert admit.section_of(GUARD, "", "") == json.loads(json.dumps(admit.DEMO_SECTION))
+    assert admit.section_of(GUARD, "") == json.loads(json.dumps(admit.DEMO_SECTION))
 
 
 def test_a_recipes_relative_path_is_taken_from_the_recipes_folder(tmp_path: Path) -> None:
     recipe = yaml.safe_load(GUARD.read_text("utf-8"))
     recipe["model"]["from"] = {"name": "files", "files": {"model": "models/tiny"}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
-    found = admit.section_of(tmp_path / "r.yaml", "", "")
+    found = admit.section_of(tmp_path / "r.yaml", "")
     assert found["from"]["files"] == {"model": str(tmp_path / "models" / "tiny")}
+
+
+def test_bases_are_added_and_listed_on_the_command_line(tmp_path: Path) -> None:
+    folder = make_tiny_base(tmp_path / "tiny base")
+    words = ["--home", str(tmp_path / "home"), "--json"]
+    luthier = [sys.executable, "-m", "luthier.cli", "bases"]
+    done = [
+        subprocess.run([*luthier, *verb, *words], capture_output=True, text=True, check=False)
+        for verb in (["add", "mine", str(folder)], ["list"], ["add", "a:b", str(folder)])
+    ]
+    assert [one.returncode for one in done] == [0, 0, 4], done[0].stderr
+    made = json.loads(done[0].stdout.splitlines()[-1])
+    assert made["name"] == "mine" and made["dtype"] == "float32" and made["licence"] == "LicenseRef-own"
+    assert json.loads(done[1].stdout) == [made]
+    assert "cannot be a base's name" in json.loads(done[2].stdout.splitlines()[-1])["error"]["what"]

@@ -18,8 +18,10 @@ from typing import Any
 from luthier import artifacts, bases, pipeline, recipe_file
 from luthier.bases import Entry
 from luthier.errors import ModelError, NotFound, StoreError
+from luthier.home import Home
 from luthier.pipeline import Place
 from luthier.recipe import Model, Recipe
+from luthier.store import Store
 
 DEMO = "SmolLM2-135M-Instruct"
 DEMO_SECTION: dict[str, Any] = {
@@ -68,16 +70,55 @@ def ready(name: str, section: Mapping[str, Any], place: Place) -> Entry:
     return base(name, section, place)
 
 
-def section_of(given: Path, licence: str, dtype: str) -> dict[str, Any]:
+def add(
+    name: str | None, given: Path | None, licence: str, home: str | Path | None, tell: pipeline.Tell
+) -> dict[str, Any]:
+    """A base made ready (sealed, if it is not there yet) under a name; without `given` the demo's.
+
+    Without a name it is called as its file or folder is.
+    """
+    opened = Home.at(home)
+    place = Place(opened, Store.open(opened.database), Path.cwd(), tell)
+    if given is None:
+        return plain(ready(name or DEMO, DEMO_SECTION, place))
+    called = re.sub(r"[^A-Za-z0-9._-]+", "-", given.expanduser().absolute().stem).strip("-._")[:64] or "base"
+    return plain(ready(name or called, section_of(given, licence), place))
+
+
+def listed(home: str | Path | None) -> list[dict[str, Any]]:
+    """Every base as plain values."""
+    return [plain(entry) for entry in bases.listed(Store.open(Home.at(home).database))]
+
+
+def plain(entry: Entry) -> dict[str, Any]:
+    """A base as plain values: what `luthier bases` prints."""
+    return {
+        "name": entry.name,
+        "digest": entry.base,
+        "artefact": entry.model,
+        "created_at": entry.created_at,
+        **entry.facts,
+    }
+
+
+def section_of(given: Path, licence: str) -> dict[str, Any]:
     """A recipe's `model:` section: a recipe file's own, or one for a model folder or a GGUF file."""
     path = given.expanduser().absolute()
     if path.suffix.lower() not in (".yaml", ".yml"):
-        return {"from": {"name": "files", "files": {"model": str(path)}}, "licence": licence, "dtype": dtype}
+        files = {"name": "files", "files": {"model": str(path)}}
+        return {"from": files, "licence": licence, "dtype": _dtype(path)}
     section: dict[str, Any] = recipe_file.load(path, ()).model.model_dump(mode="json", by_alias=True)
     if section["from"]["name"] == "files":  # a job has no recipe folder for a relative path to begin at
         files = section["from"]["files"]
         section["from"]["files"] = {label: str(path.parent / file) for label, file in files.items()}
     return section
+
+
+def _dtype(path: Path) -> str:
+    """Weights that came in float32 stay so; all others are bfloat16."""
+    config = path / "config.json"
+    about = artifacts.read_json(config) if config.is_file() else {}
+    return "float32" if "float32" in (about.get("dtype"), about.get("torch_dtype")) else "bfloat16"
 
 
 def _recipe(name: str, model: Model, place: Place) -> Recipe:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier import tables
+from luthier import cli_bases, tables
 from luthier.door import AsJson, Home, errors, results
 from luthier.door import answer as _answer
 from luthier.door import door as _door
@@ -33,6 +33,7 @@ app = typer.Typer(
     help="Raw rows to a governed, served, reversible fine-tuned language model.",
     epilog="Start with: luthier run examples/guard.yaml",
 )
+app.add_typer(cli_bases.app, name="bases")
 
 Recipe = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
 Model = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME@DIGEST", show_default=False)]
@@ -102,26 +103,38 @@ def rollback(name: str, alias: str = "production", home: Home = None, as_json: A
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0913 - each is an option of the command
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8321,
     host: str = "127.0.0.1",
     key: Annotated[
         str | None, typer.Option(envvar="LUTHIER_API_KEY", help="default: a new one, printed")
     ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="bring SmolLM2-135M-Instruct along")] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="bring this base along: a recipe, a model folder or a .gguf")
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve every release over HTTP with the OpenAI chat API; alias moves are followed at once."""
+    """Serve every base and release over HTTP with the OpenAI API; alias moves are followed at once.
+
+    The official client's base_url is the printed url followed by /v1. With --json one line is printed when
+    requests will be answered: url, key, and model, the base that can be tuned, sampled and scored.
+    """
+    brought: dict[str, Any] = {}
 
     def announce(ready: dict[str, Any]) -> None:
+        model = brought.get("name") or next(iter(ready["models"]), None)
         if as_json:
-            print(json.dumps({name: ready[name] for name in ("url", "key")}), flush=True)
+            print(json.dumps({"url": ready["url"], "key": ready["key"], "model": model}), flush=True)
         else:
             tables.serving(results, ready)
 
     with _door(as_json):
         from luthier import http
 
+        if demo or base is not None:
+            brought |= cli_bases.admitted(None, base, "LicenseRef-own", home)
         http.serve(home=home, host=host, port=port, key=key, announce=announce)
 
 

@@ -183,8 +183,23 @@ def moved(console: Console, move: Row) -> None:
     )
 
 
+def bases(console: Console, found: Sequence[Row]) -> None:
+    if not found:
+        console.print("no base model yet: luthier bases add NAME FROM")
+        return
+    table = _table("base", "architecture", "parameters", "context", "licence", "digest")
+    for base in found:
+        table.add_row(
+            base["name"], base["architecture"], f"{base['parameters']:,}", f"{base['context']:,}",
+            base["licence"], base["digest"][:12],
+        )  # fmt: skip
+    console.print(table)
+
+
 def serving(console: Console, ready: Row) -> None:
     console.print(f"serving at [bold]{ready['url']}[/]   key: {ready['key']}", soft_wrap=True)
+    client = f"OpenAI(base_url={ready['url'] + '/v1'!r}, api_key={ready['key']!r})"
+    console.print(f"for the official client: {client}", soft_wrap=True, markup=False, highlight=False)
     models = ", ".join(ready["models"]) or "none yet; a release is served as soon as an alias stands on it"
     console.print(f"models: {models}", soft_wrap=True)
     console.print("stop with Ctrl-C; promote and rollback are followed without a restart", style="dim")

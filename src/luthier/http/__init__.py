@@ -25,11 +25,12 @@ def serve(
     """Serve the releases of a home until SIGTERM or Ctrl-C, following alias moves at once.
 
     `announce({"url", "key", "models"})` is called when requests will be answered. Port 0 takes a free one;
-    without a `key` a new one is made, and known to nobody but who hears the announcement.
+    without a `key` a new one is made, and known to nobody but who hears the announcement. The official
+    client's `base_url` is the url followed by `/v1`.
     """
     from luthier.home import Home
     from luthier.http import server
     from luthier.store import Store
 
     opened = Home.at(home)
-    server.serve(Store.open(opened.path), opened, server.Door(host, port, key, apart=True), announce)
+    server.serve(Store.open(opened.database), opened, server.Door(host, port, key, apart=True), announce)
