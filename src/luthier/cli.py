@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier import cli_bases, tables
+from luthier import cli_bases, cli_jobs, tables
 from luthier.door import AsJson, Home, errors, results
 from luthier.door import answer as _answer
 from luthier.door import door as _door
@@ -34,6 +34,9 @@ app = typer.Typer(
     epilog="Start with: luthier run examples/guard.yaml",
 )
 app.add_typer(cli_bases.app, name="bases")
+app.add_typer(cli_jobs.app, name="jobs")
+app.command()(cli_jobs.work)
+app.command("import-openai")(cli_jobs.import_openai)
 
 Recipe = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
 Model = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME@DIGEST", show_default=False)]
@@ -113,6 +116,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     base: Annotated[
         Path | None, typer.Option(help="bring this base along: a recipe, a model folder or a .gguf")
     ] = None,
+    workers: Annotated[int, typer.Option(help="processes for fine-tuning jobs; 0 for none", min=0)] = 1,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -135,7 +139,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
 
         if demo or base is not None:
             brought |= cli_bases.admitted(None, base, "LicenseRef-own", home)
-        http.serve(home=home, host=host, port=port, key=key, announce=announce)
+        http.serve(home=home, host=host, port=port, key=key, workers=workers, announce=announce)
 
 
 @app.command()

@@ -258,3 +258,51 @@ def doctor(console: Console, findings: Sequence[Row]) -> None:
             MARKS[finding["ok"]], finding["check"], escape(finding["found"]), escape(finding["hint"] or "")
         )
     console.print(table)
+
+
+def jobs(console: Console, found: Sequence[Row]) -> None:
+    """Jobs, newest first: what each is about and how far it is."""
+    table = _table("job", "status", "base", "tokens", "model")
+    for one in found:
+        tokens = one["trained_tokens"] or (one["luthier"]["planned"] or {}).get("tokens")
+        name = escape(one["fine_tuned_model"] or "")
+        table.add_row(one["id"], one["status"], escape(one["model"]), f"{tokens:,}" if tokens else "", name)
+    console.print(table)
+
+
+def job(console: Console, one: Row) -> None:
+    """One job: its state and settings, why it failed, its checkpoints and its latest events."""
+    settings = ", ".join(f"{name} {value}" for name, value in one["hyperparameters"].items())
+    console.print(f"[bold]{one['id']}[/]  {one['status']}  {escape(one['model'])}  {escape(settings)}")
+    if one["error"]:
+        console.print(f"[red]{one['error']['code']}[/] {escape(one['error']['message'])}", soft_wrap=True)
+    if one["fine_tuned_model"]:
+        console.print(f"model {escape(one['fine_tuned_model'])}", soft_wrap=True)
+    for made in one.get("checkpoints", ()):
+        console.print(f"checkpoint {escape(made['fine_tuned_model_checkpoint'])}", soft_wrap=True)
+    for said in one.get("events", ()):
+        event(console, said)
+
+
+def quote(console: Console, found: Row) -> None:
+    """What a job would take."""
+    money = f", price {found['money']:.4f}" if "money" in found else ""
+    console.print(
+        f"{found['trained_tokens']:,} tokens in {found['steps']:,} steps over {found['rows']:,} examples, "
+        f"about {found['minutes']:.1f} minutes, {found['peak_gb']:.2f} GB of memory{money}"
+    )
+
+
+def event(console: Console, said: Row) -> None:
+    style = {"warn": "yellow", "error": "red"}.get(said["level"], "default")
+    console.print(f"[{style}]{escape(said['message'])}[/]", highlight=False, soft_wrap=True)
+
+
+def imported(console: Console, found: Sequence[Row]) -> None:
+    """Old jobs: the recipe each became, and what was lost."""
+    for one in found:
+        console.print(
+            f"[bold]{escape(one['job'])}[/] → {escape(one['recipe'] or 'no recipe')}", soft_wrap=True
+        )
+        for line in one["told"]:
+            console.print(f"  {escape(line)}", soft_wrap=True)

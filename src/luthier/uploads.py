@@ -114,6 +114,7 @@ class Parts:
 class Uploads:
     def __init__(self, store: Store, home: Home, limits: Limits = DEFAULTS) -> None:
         self.limits = limits
+        self.home = home
         self.folder = home.path / "uploads"
         self._store = store
         self._coming: Counter[str] = Counter()  # files on their way into this process, by tenant

@@ -1,6 +1,6 @@
 """What this machine can do: cores, memory, number formats, and a second's worth of measured rates.
 
-Sources: /proc/cpuinfo, /proc/meminfo, cgroup v1 and v2 limits (kernel documentation), and short timed
+Sources: /proc/cpuinfo, the memory that `engine.memory` finds, cgroup limits, and short timed
 matrix products. `cores`, `memory_total` and `native_bf16` are the same every time on one machine; rates
 are measured and vary with whatever else runs. It does not know GPUs yet.
 """
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from luthier.engine.memory import machine
 
 _FLAGS = ("amx_bf16", "amx_tile", "amx_int8", "avx512_bf16", "avx512f", "avx2", "bf16", "sve")
 
@@ -39,7 +41,7 @@ class Host:
 
 def probe(seconds: float = 0.8) -> Host:
     """Look and measure, in about a second."""
-    total, free = memory()
+    total, free = machine()
     share = seconds / 4
     return Host(
         cores=cores(), memory_total_bytes=total, memory_free_bytes=free, flags=cpu_flags(),
@@ -56,22 +58,6 @@ def cores() -> int:
         allowed = min(allowed, max(1, math.ceil(int(quota[0]) / int(quota[1]))))
     wish = os.environ.get("OMP_NUM_THREADS", "")
     return min(allowed, int(wish)) if wish.isdigit() and int(wish) else allowed
-
-
-def memory() -> tuple[int, int]:
-    """(total, free) bytes: the machine's, or the container's where that is less."""
-    table = {line.split(":")[0]: line.split()[1] for line in _lines("/proc/meminfo") if len(line.split()) > 1}
-    total = int(table.get("MemTotal", 0)) * 1024
-    free = int(table.get("MemAvailable", 0)) * 1024
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        limit, used = _words(limit_file), _words(used_file)
-        if limit and limit[0].isdigit() and used and int(limit[0]) < total:
-            total = int(limit[0])
-            free = min(free, max(0, total - int(used[0])))
-    return total, free
 
 
 def cpu_flags() -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""How much memory this process has and had, as the kernel says; and how to give some of it back.
+"""How much memory this process and this machine have, as the kernel says; and how to give some of it back.
 
-Sources: `VmRSS` and `VmHWM` of /proc/self/status and `clear_refs` (proc(5)); glibc's `malloc_trim`.
+Sources: `VmRSS` and `VmHWM` of /proc/self/status and `clear_refs` (proc(5)); glibc's `malloc_trim`;
+/proc/meminfo and the limits of cgroup v1 and v2 (kernel documentation).
 What training will take is `engine.footprint`'s work. It does not know GPUs.
 """
 
@@ -62,3 +63,31 @@ def status() -> Mapping[str, int]:
             if name.startswith("Vm"):
                 found[name] = int(rest.split()[0]) * 1024
     return found
+
+
+def machine() -> tuple[int, int]:
+    """(total, free) bytes: the machine's, or the container's where that is less."""
+    table = {line.split(":")[0]: line.split()[1] for line in _lines("/proc/meminfo") if len(line.split()) > 1}
+    total = int(table.get("MemTotal", 0)) * 1024
+    free = int(table.get("MemAvailable", 0)) * 1024
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        limit, used = _words(limit_file), _words(used_file)
+        if limit and limit[0].isdigit() and used and int(limit[0]) < total:
+            total = int(limit[0])
+            free = min(free, max(0, total - int(used[0])))
+    return total, free
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _words(path: str) -> list[str]:
+    lines = _lines(path)
+    return lines[0].split() if lines else []

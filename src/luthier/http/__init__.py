@@ -20,6 +20,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8321,
     key: str | None = None,
+    workers: int = 0,
     announce: Callable[[dict[str, Any]], None] = _quiet,
 ) -> None:
     """Serve the releases of a home until SIGTERM or Ctrl-C, following alias moves at once.
@@ -27,10 +28,12 @@ def serve(
     `announce({"url", "key", "models"})` is called when requests will be answered. Port 0 takes a free one;
     without a `key` a new one is made, and known to nobody but who hears the announcement. The official
     client's `base_url` is the url followed by `/v1`.
+    `workers` processes carry out fine-tuning jobs meanwhile.
     """
     from luthier.home import Home
     from luthier.http import server
     from luthier.store import Store
 
     opened = Home.at(home)
-    server.serve(Store.open(opened.database), opened, server.Door(host, port, key, apart=True), announce)
+    door = server.Door(host, port, key, apart=True, workers=workers)
+    server.serve(Store.open(opened.database), opened, door, announce)

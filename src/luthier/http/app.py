@@ -26,7 +26,7 @@ from luthier.http.auth import Guard, caller, fingerprint
 from luthier.http.chat import Asked, ChatRequest, Shape, Usage
 from luthier.http.exchange import GONE, Exchange
 from luthier.http.meter import Meter
-from luthier.http.openai import files, graders, models, parts
+from luthier.http.openai import files, fine_tuning, graders, models, parts
 from luthier.serving.service import Service
 from luthier.serving.worker import End, Heard
 from luthier.store import RequestRecord
@@ -71,6 +71,7 @@ def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
         return await _complete(request, service, note)
 
     app.include_router(graders.routes(service))
+    app.include_router(fine_tuning.routes(service.store, uploads.home, uploads))
     app.include_router(models.routes(service.router))
     app.include_router(files.routes(uploads))
     app.include_router(parts.routes(Assemblies(service.store, uploads)))

@@ -24,6 +24,7 @@ from luthier.errors import ServeError
 from luthier.home import Home
 from luthier.http.app import create_app
 from luthier.http.auth import new_key
+from luthier.jobs.work import hired
 from luthier.serving.limits import DEFAULTS, Limits
 from luthier.serving.service import Service
 from luthier.store import Store
@@ -35,7 +36,7 @@ BEAT_S = 0.05
 @dataclass(frozen=True)
 class Door:
     """Where to listen and how much to take on. Without a `key` a new one is made; set `stop` to end it.
-    `apart`: the engine is a process of its own."""
+    `apart`: the engine is a process of its own. `workers`: processes that carry out fine-tuning jobs."""
 
     host: str = "127.0.0.1"
     port: int = 8321
@@ -43,6 +44,7 @@ class Door:
     limits: Limits = DEFAULTS
     threads: int | None = None
     apart: bool = False
+    workers: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -52,7 +54,7 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
         raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
     key = door.key or new_key()
     service = Service(store, home, door.limits, door.threads, door.apart)
-    with _claimed(door.host, door.port) as claimed, _signals(door.stop), service:
+    with _claimed(door.host, door.port) as claimed, _signals(door.stop), service, hired(home, door.workers):
         service.warm()
         uploads = Uploads(store, home)
         uploads.sweep()

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import pytest
+
+from luthier import tuned
+from luthier.jobs import ask
+from luthier.jobs.verbs import OWNER, Jobs
+from tests.jobs.place import TENANT, World, chats, jsonl, working
+
+
+def test_a_job_goes_from_files_to_a_model_and_tells_every_step_once(world: World) -> None:
+    job = world.create(
+        training_file=world.upload(chats(12)),
+        validation_file=world.upload(chats(4, "held out")),
+        hyperparameters={"n_epochs": 2, "batch_size": 4},
+        suffix="parity",
+        seed=5,
+    )
+    assert job.status == "validating_files"
+    with working(world):
+        done = world.until(job)
+    assert done.status == "succeeded", (done.error, [e.message for e in world.events(job)])
+    said = ask.job_object(done)
+    assert said["fine_tuned_model"].startswith(f"ft:tiny:{TENANT}:parity:")
+    assert said["hyperparameters"] == {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.0}
+    told = world.events(job)
+    assert [event.number for event in told] == list(range(1, len(told) + 1))
+    steps = [event.data["step"] for event in told if "train_loss" in event.data]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert done.planned is not None and done.trained_tokens == done.planned["tokens"]
+    model = tuned.find(world.store, done.model, TENANT)
+    assert world.store.release(job.id, model.release).facts["tenant"] == TENANT
+    table = world.uploads.get(TENANT, said["result_files"][0])
+    with world.uploads.open(table) as stream:
+        rows = list(csv.DictReader(io.TextIOWrapper(stream, "utf-8")))
+    assert [int(row["step"]) for row in rows if row["train_loss"]] == steps
+
+
+def test_a_bad_line_fails_the_job_by_its_number(world: World) -> None:
+    lines = jsonl(chats(11)).splitlines(keepends=True)
+    bad = [
+        (lines[0] + b"\n" + b'{"messages": []}\n', "line 3: "),
+        (lines[0] + b'{"messages": [{"role": "user", "content": "x"}]}\n', "line 2: "),
+        (lines[0] * 2 + jsonl([with_weight(0)]) , "line 3: `weight: 0` is not supported"),
+        (lines[0] + jsonl([chats(1)[0] | {"tools": [TOOL]}]), "line 2: `tools` is not supported"),
+        (lines[0], "Training file has 1 example(s), but must have at least 10"),
+    ]  # fmt: skip
+    jobs = [(world.create(training_file=world.upload(data)), words) for data, words in bad]
+    with working(world):
+        for job, words in jobs:
+            done = world.until(job)
+            assert done.status == "failed" and done.error is not None
+            assert words in done.error["message"]
+            assert done.error["param"] == "training_file"
+            assert done.error["code"] in ("invalid_training_file", "invalid_n_examples")
+            assert str(world.home.path) not in str(done.error)
+
+
+def test_what_only_the_tokenizer_sees_is_told_by_its_line_too(world: World) -> None:
+    rows = chats(12)
+    rows[6]["messages"][0]["content"] = "long " * 1000
+    job = world.create(training_file=world.upload(rows))
+    with working(world):
+        done = world.until(job)
+    assert done.error is not None and done.error["message"].startswith("line 7: this row has 50")
+    assert (done.error["code"], done.error["param"]) == ("invalid_training_file", "training_file")
+
+
+def test_a_job_that_can_never_fit_fails_with_the_plans_own_advice(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_JOB_MEMORY_GB", "0.01")
+    job = world.create(training_file=world.upload(chats(12, "never fits")))
+    with working(world):
+        done = world.until(job)
+    assert done.error is not None and done.error["code"] == "does_not_fit"
+    assert "plan.memory_gb:" in done.error["message"]
+
+
+def test_a_quote_is_what_the_bill_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_PRICE_PER_HOUR", "3.5")
+    fields = {
+        "model": "tiny", "training_file": world.upload(chats(13, "quoted"), OWNER),
+        "hyperparameters": {"n_epochs": 3, "batch_size": 4},
+    }  # fmt: skip
+    jobs = Jobs(world.home.path)
+    quoted = jobs.quote(fields)
+    assert quoted["money"] > 0 and quoted["minutes"] > 0 and quoted["rows"] == 13
+    made = jobs.create(fields)
+    assert made["seed"] == quoted["seed"]
+    with working(world):
+        done = world.until(world.queue.get(None, made["id"]))
+    assert done.trained_tokens == quoted["trained_tokens"]
+    assert done.planned is not None and done.planned["money"] == quoted["money"]
+    assert not list((world.home.path / "jobs" / "rows").iterdir())
+
+
+def with_weight(weight: int) -> dict[str, Any]:
+    turns = chats(1)[0]["messages"]
+    return {"messages": [*turns[:1], turns[1] | {"weight": weight}, *chats(1, "again")[0]["messages"]]}
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+def test_a_reinforcement_job_is_graded_from_file_to_model(world: World) -> None:
+    grader = {
+        "type": "string_check", "name": "vowel", "operation": "ilike", "input": "{{ sample.output_text }}",
+        "reference": "{{ item.wanted }}",
+    }  # fmt: skip
+    rows = [{"messages": chats(12)[n]["messages"][:1], "wanted": "a"} for n in range(12)]
+    method = {
+        "type": "reinforcement",
+        "reinforcement": {
+            "grader": grader,
+            "hyperparameters": {"n_epochs": 1, "batch_size": 6, "compute_multiplier": 0.5},
+        },
+    }
+    job = world.create(training_file=world.upload(rows), method=method)
+    fieldless = {"messages": rows[0]["messages"], "other": 1}
+    blind = world.create(training_file=world.upload([*rows, fieldless]), method=method)
+    with working(world):
+        done, refused = world.until(job), world.until(blind)
+    assert done.status == "succeeded", done.error
+    assert any("train_mean_reward" in event.data for event in world.events(job))
+    assert refused.error is not None and "line 13" in refused.error["message"]
