@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export LUTHIER_DEMO_BEGAN := $(shell date +%s)
 
-.PHONY: help setup demo check test quick test-long test-postgres bench bench-quick bench-peers clean
+.PHONY: help setup demo demo-openai check test quick test-long test-postgres bench bench-quick bench-peers clean
 help:            ## list these commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 18
 
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)   ## train, gate, promote, serve and roll back the prompt-injection guard
 	$(BIN)/python examples/demo.py
+
+demo-openai: $(STAMP) ## the official OpenAI client fine-tunes SmolLM2 against a server of its own
+	$(BIN)/python examples/served.py examples/openai_client.py
 
 check: $(STAMP)  ## what one runs all day: lint, types, import rules, house tests (seconds)
 	$(BIN)/ruff check src tests examples bench

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import update
+from sqlalchemy import insert, update
 
 from luthier import uploads
 from luthier.home import Home
 from luthier.incoming import DiskFull, UploadRefused
+from luthier.schema.jobs import JOBS
 from luthier.schema.uploads import UPLOADS
 from luthier.store import Store
 from luthier.uploads import Label, Limits, NoUpload, Uploads, labelled
@@ -235,3 +236,21 @@ def test_what_a_killed_upload_leaves_is_swept_but_not_while_it_is_written(tmp_pa
     assert files.sweep() == 1
     assert names(files) == sorted([kept.id, "notes.txt"])
     assert json.loads(files.open(kept).read()) == {"messages": []}
+
+
+def test_a_file_that_an_unfinished_job_reads_is_kept(tmp_path: Path) -> None:
+    files = opened(tmp_path)
+    upload = put(files)
+    job = {column.name: 0 for column in JOBS.c if column.name != "seq"} | {
+        "id": "ftjob-1", "tenant": "a", "base": "tiny", "model": "ft:tiny:a::1", "asked": "{}",
+        "section": "{}", "status": "queued", "training_file": "file-x", "training_sha256": "",
+        "validation_file": upload.id,
+    }  # fmt: skip
+    with files._store.writing() as connection:
+        connection.execute(insert(JOBS), job)
+    with pytest.raises(UploadRefused, match="read by job ftjob-1") as held:
+        files.delete("a", upload.id)
+    assert held.value.code == "file_in_use" and files.open(upload).read() == DATA
+    with files._store.writing() as connection:
+        connection.execute(update(JOBS).values(status="succeeded"))
+    files.delete("a", upload.id)

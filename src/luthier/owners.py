@@ -1,8 +1,9 @@
 """Whose a release's name is, and who else may ask for it.
 
-A release made by a recipe on the command line belongs to the tenant `local`; one made by a job belongs to the
-job's tenant, as its row in `tuned` says. The server's admin may share a name: then every tenant may ask for
-it. `tenant` None is this machine's own command line, which sees everything. It does not know keys or doors.
+A release made by a recipe on the command line belongs to the tenant `local`; one made by a fine-tuning job
+belongs to the job's tenant, from the moment it exists. The server's admin may share a name: then every tenant
+may ask for it. `tenant` None is this machine's own command line, which sees everything. It does not know keys
+or doors.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from sqlalchemy import delete, insert, select
 
 from luthier.errors import NotFound
 from luthier.plugins import unknown
+from luthier.schema.jobs import JOBS
 from luthier.schema.uploads import SHARED
 from luthier.store import Store
 from luthier.store_engine import now
 
 LOCAL = "local"
+NOBODY = ""  # of a job whose row is gone: its releases are the command line's alone
+JOB = "ftjob-"
 
 
 def visible(store: Store, name: str, tenant: str | None) -> bool:
@@ -24,9 +28,11 @@ def visible(store: Store, name: str, tenant: str | None) -> bool:
 
 
 def owner(store: Store, name: str) -> str:
-    """The tenant that the name belongs to."""
-    del store, name
-    return LOCAL
+    """The tenant that the name belongs to; a job's releases go by the job's id."""
+    if not name.startswith(JOB):
+        return LOCAL
+    rows = store.rows(select(JOBS.c.tenant).where(JOBS.c.id == name))
+    return str(rows[0]["tenant"]) if rows else NOBODY
 
 
 def shared(store: Store) -> set[str]:

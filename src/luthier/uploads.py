@@ -30,6 +30,7 @@ from sqlalchemy.engine import Connection, RowMapping
 from luthier.errors import NotFound, StoreError
 from luthier.home import Home
 from luthier.incoming import TEMPORARY, Incoming, UploadRefused, disk, try_lock
+from luthier.schema.jobs import JOBS
 from luthier.schema.uploads import ASSEMBLIES, ASSEMBLY_PARTS, UPLOADS
 from luthier.store import Store
 
@@ -38,6 +39,7 @@ KEEP_S = (3600, 2_592_000)  # the shortest and longest `expires_after` that Open
 BATCH_KEEP_S = 2_592_000  # its default for batch files
 ID = re.compile(r"file-[0-9a-f]{24}")
 PART = re.compile(r"part_[0-9a-f]{24}")  # of a file that comes in parts (`assemblies`)
+UNDER_WAY = ("validating_files", "queued", "running", "paused")  # jobs in these states read their files
 LABEL_LETTERS = 255
 COLUMNS = ("id", "tenant", "filename", "purpose", "bytes", "sha256", "created_at", "expires_at")
 
@@ -236,6 +238,12 @@ class Uploads:
         """The row stays and says when; the bytes go. A file that an unfinished job reads is kept."""
         upload = self.get(tenant, upload_id)
         with self._store.writing() as connection:
+            reads = or_(JOBS.c.training_file == upload_id, JOBS.c.validation_file == upload_id)
+            job = connection.execute(select(JOBS.c.id).where(reads, JOBS.c.status.in_(UNDER_WAY))).scalar()
+            if job is not None:
+                raise UploadRefused(
+                    f"the file is read by job {job}; cancel it first", param="id", code="file_in_use"
+                )
             _mark_gone(connection, UPLOADS.c.id == upload_id)
         self.path(upload).unlink(missing_ok=True)
         return upload

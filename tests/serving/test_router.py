@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from sqlalchemy import insert, select
 
-from luthier import owners
+from luthier import owners, tuned
 from luthier.bases import Entry, enter
 from luthier.errors import GateRefused, NotFound, StoreError
+from luthier.schema.jobs import JOBS
 from luthier.serving.router import Router
-from luthier.store import Store
-from tests.serving.make_home import World, copy_home, promote, publish_release
+from luthier.store import ReleaseRecord, Store
+from tests.serving.make_home import World, copy_home, promote, publish, publish_release
 
 
 @pytest.fixture
@@ -148,3 +151,51 @@ def test_a_release_of_another_tenant_is_not_found_until_it_is_shared(world: Worl
         router.resolve("guard", "someone")
     with pytest.raises(NotFound, match="did you mean 'guard'"):
         owners.share(copy.store, "gard", actor="test")
+
+
+def tune(world: World, tenant: str, name: str, **more: object) -> None:
+    """A job's row and its model's, as a job that succeeded leaves them; the release is one of the world's."""
+    job = {column.name: 0 for column in JOBS.c if column.name != "seq"} | {
+        "id": "ftjob-1", "tenant": tenant, "base": "tiny", "model": "ft:tiny:org::1", "asked": "{}",
+        "section": "{}", "status": "succeeded", "training_file": "f", "training_sha256": "",
+    }  # fmt: skip
+    with world.store.writing() as connection:
+        if not connection.execute(select(JOBS.c.id)).all():
+            connection.execute(insert(JOBS), job)
+        made = tuned.Tuned(name, tenant, "ftjob-1", "tiny", "ftjob-1", world.releases[1], **more)  # type: ignore[arg-type]
+        tuned.add(connection, [made])
+
+
+def test_a_tuned_model_answers_to_its_own_tenant_until_it_is_deleted(world: World, tmp_path: Path) -> None:
+    copy = copy_home(world, tmp_path / "home")
+    router = Router(copy.store, copy.home)
+    kept = tmp_path / "train"
+    shutil.copytree(
+        copy.home.artifact(copy.releases[2]) / "adapter", kept / "checkpoints" / "step-4" / "adapter"
+    )
+    artefact = publish(copy.home, kept)
+    copy.store.add_release(ReleaseRecord(copy.releases[1], "ftjob-1", None, True, {}))
+    name, step = "ft:tiny:org:mine:1", "ft:tiny:org:mine:1:ckpt-step-4"
+    tune(copy, "a", name)
+    tune(copy, "a", step, artefact=artefact, step=4)
+
+    assert router.resolve(name, "a").release_digest == copy.releases[1]
+    other = router.resolve(f"guard@{copy.releases[2]}")
+    target = router.resolve(step, "a")
+    assert (target.base_digest, target.adapter_digest) == (other.base_digest, other.adapter_digest)
+    assert target.release_digest == artefact and target.adapter_dir and target.adapter_dir.is_dir()
+    assert [entry.model for entry in router.listed("a")] == [name, step]
+    assert router.entry(step, "a").owner == "a"
+    for model in (name, step, f"ftjob-1@{copy.releases[1]}"):
+        for stranger in ("b", "local"):
+            for act in (router.resolve, router.entry, router.withdraw):
+                with pytest.raises(NotFound):
+                    act(model, stranger)
+    with pytest.raises(NotFound):
+        router.withdraw("guard", "local")
+    router.withdraw(step, "a")
+    assert [entry.model for entry in router.listed("a")] == [name]
+    router.withdraw(name, "a")
+    with pytest.raises(NotFound):
+        router.resolve(name, "a")
+    assert copy.home.artifact(artefact).is_dir()

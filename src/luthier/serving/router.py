@@ -19,12 +19,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from luthier import artifacts, bases, owners
+from luthier import artifacts, bases, owners, tuned
 from luthier.bases import Entry
 from luthier.errors import GateRefused, NotFound, StoreError
 from luthier.home import Home
 from luthier.plugins import unknown
 from luthier.store import ReleaseRecord, Store
+from luthier.tuned import Tuned
 
 DEFAULT_ALIAS = "production"
 SPELLING = re.compile(r"(?P<name>[a-z][a-z0-9-]{0,47})(?:@(?P<which>[a-z0-9][a-z0-9-]{0,63}))?")
@@ -67,8 +68,23 @@ class Router:
         """What `model` names now for `tenant` (None: sees all); raises `NotFound` with the nearest name."""
         if (base := bases.get(self._store, model)) is not None:
             return self._bare(base)
+        if model.startswith(tuned.PREFIX):
+            return self._tuned(self._find(model, tenant))
         record = self._record(model, tenant)
         return self.target(record.digest, record.name)
+
+    def _find(self, model: str, tenant: str | None) -> Tuned:
+        try:
+            return tuned.find(self._store, model, tenant)
+        except NotFound:
+            raise self._not_found(model, tenant) from None
+
+    def _tuned(self, found: Tuned) -> Target:
+        """A job's release, or the adapter that the job kept of one of its steps."""
+        if found.artefact is None or found.step is None:
+            return self.target(found.release, found.name)
+        place = f"checkpoints/step-{found.step}/adapter"
+        return self._over(found.release, found.name, found.artefact, place)
 
     def _record(self, model: str, tenant: str | None) -> ReleaseRecord:
         """The release behind NAME, NAME@ALIAS or NAME@DIGEST."""
@@ -86,6 +102,10 @@ class Router:
 
     def target(self, release_digest: str, name: str) -> Target:
         """Verify one release and the base it stands on."""
+        return self._over(release_digest, name, release_digest, "adapter")
+
+    def _over(self, release_digest: str, name: str, holder: str, place: str) -> Target:
+        """The adapter at `place` in the artefact `holder`, over the base of a release."""
         folder = self._verified(release_digest)
         release = _read(folder / "release.json")
         model = self._verified(str(release["model"]))
@@ -96,16 +116,17 @@ class Router:
                 f"but its model artefact holds base {str(base['digest'])[:12]}",
                 where=str(folder),
             )
-        adapter = folder / "adapter"
-        trained_on = _read(adapter / "adapter_config.json").get("base_model_name_or_path")
+        held = self._verified(holder)
+        trained_on = _read(held / place / "adapter_config.json").get("base_model_name_or_path")
         if trained_on != f"luthier-base:{base['digest'][:12]}":
             raise StoreError(
-                f"the adapter of release {release_digest[:12]} was trained on {trained_on!r}, "
+                f"the adapter of release {holder[:12]} was trained on {trained_on!r}, "
                 f"not on base {base['digest'][:12]}",
-                where=str(adapter),
+                where=str(held / place),
                 hint="an adapter answers only over the base it was trained on",
             )
-        return Target(release_digest, name, base["digest"], model / "base", _adapter_digest(folder), adapter)
+        digest = _adapter_digest(held, f"{place}/")
+        return Target(holder, name, base["digest"], model / "base", digest, held / place)
 
     def _bare(self, base: Entry) -> Target:
         """A base as it came, without an adapter."""
@@ -117,11 +138,14 @@ class Router:
         return Target(base.base, base.name, base.base, folder / "base", None, None)
 
     def listed(self, tenant: str | None = None) -> list[Listed]:
-        """What `tenant` may ask for: bases, every `NAME@ALIAS`, and accepted releases as `NAME@DIGEST`."""
+        """What `tenant` may ask for: bases, tuned models, every `NAME@ALIAS`, accepted releases by digest."""
         found = [
             Listed(base.name, base.base, base.created_at, "luthier") for base in bases.listed(self._store)
         ]
+        found += [_named(one) for one in tuned.listed(self._store, tenant)]
         for name in self._names(tenant):
+            if name.startswith(owners.JOB):  # a job's release goes by its `ft:` name
+                continue
             records = {record.digest: record for record in self._store.releases(name)}
             for alias, digest in sorted(self._store.aliases(name).items()):
                 if digest in records:
@@ -133,11 +157,14 @@ class Router:
         """One name that `tenant` may ask for, as `listed` has it; a short spelling is found too."""
         if (base := bases.get(self._store, model)) is not None:
             return Listed(base.name, base.base, base.created_at, "luthier")
+        if model.startswith(tuned.PREFIX):
+            return _named(self._find(model, tenant))
         return self._entry(model, self._record(model, tenant))
 
     def withdraw(self, model: str, tenant: str | None = None) -> None:
         """Give up a tuned model's name for good; `NotFound` for what is not a tuned model of `tenant`'s."""
-        raise self._not_found(model, tenant)
+        self._find(model, tenant)
+        tuned.delete(self._store, model, tenant)
 
     def in_production(self) -> list[str]:
         """The models worth loading before anyone asks: bases, and what stands in production."""
@@ -160,6 +187,7 @@ class Router:
 
     def _not_found(self, model: str, tenant: str | None) -> NotFound:
         known = [base.name for base in bases.listed(self._store)]
+        known += [one.id for one in tuned.listed(self._store, tenant)]
         known += [
             f"{name}@{alias}" for name in self._names(tenant) for alias in sorted(self._store.aliases(name))
         ]
@@ -189,11 +217,20 @@ class Router:
             raise StoreError(f"artefact {digest[:12]} is not what its name says", where=str(folder))
 
 
-def _adapter_digest(release: Path) -> str:
+def _named(found: Tuned) -> Listed:
+    digest = found.artefact if found.artefact is not None else found.release
+    return Listed(found.id, digest, found.created_at, found.tenant)
+
+
+def _adapter_digest(folder: Path, place: str) -> str:
     """What the adapter is, by its files: releases that share one share its place in memory."""
-    files = _read(release / "manifest.json")["files"]
+    files = _read(folder / "manifest.json")["files"]
     return artifacts.digest_of(
-        {path: entry["sha256"] for path, entry in files.items() if path.startswith("adapter/")}
+        {
+            f"adapter/{path.removeprefix(place)}": entry["sha256"]
+            for path, entry in files.items()
+            if path.startswith(place)
+        }
     )
 
 
