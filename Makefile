@@ -43,7 +43,7 @@ test-long: $(STAMP) ## what takes too long for every day: 200 kills of one train
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m long
 
 test-postgres: $(STAMP) ## the store's tests on a real PostgreSQL 15, started on loopback
-	$(BIN)/python -m tests.postgres -- $(BIN)/python -m pytest tests/test_store.py tests/faults/test_store_faults.py
+	$(BIN)/python -m tests.postgres -- $(BIN)/python -m pytest tests/test_store.py tests/faults/test_store_faults.py tests/jobs/test_queue.py
 
 NAME ?= $(shell date +%F)
 RESULTS := bench/results

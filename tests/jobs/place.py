@@ -83,10 +83,10 @@ def chats(count: int = 10, salt: str = "") -> list[dict[str, Any]]:
     ]
 
 
-def make_world(folder: Path) -> World:
+def make_world(folder: Path, database: Path | str | None = None) -> World:
     make_tiny_base(folder / "base")
     home = Home.at(folder / "home")
-    store = Store.open(home.database)
+    store = Store.open(database or home.database)
     section = {
         "from": {"name": "files", "files": {"model": str(folder / "base")}},
         "licence": "Apache-2.0", "dtype": "float32",
@@ -96,8 +96,9 @@ def make_world(folder: Path) -> World:
 
 
 def start(world: World, *words: str) -> subprocess.Popen[bytes]:
-    """`luthier work` on this home."""
-    command = [sys.executable, "-m", "luthier.cli", "work", "--home", str(world.home.path), *words]
+    """`luthier work` (or another verb) on this home."""
+    words = words or ("work",)
+    command = [sys.executable, "-m", "luthier.cli", *words, "--home", str(world.home.path)]
     log = open(world.home.path / "work.log", "ab")  # noqa: SIM115 - the process has it
     return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

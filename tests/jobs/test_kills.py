@@ -98,29 +98,32 @@ def test_killed_paused_and_left_alone_it_ends_with_the_same_adapter(undisturbed:
     assert any("Resumed from step" in event.message for event in world.events(job))
 
 
+VERBS = (("serve", "--port", "0", "--json"), ("work",))  # a server brings a worker of its own
+
+
 def disturbed(world: World, jobs: list[Job], kills: int, seed: int) -> None:
-    """Two workers; now one of them, now what they started, dies at any moment."""
+    """A server with its worker, and a worker beside; now one of them, now what they started, dies."""
     draw = random.Random(seed)
-    workers: list[subprocess.Popen[bytes]] = [start(world), start(world)]
+    crew: list[subprocess.Popen[bytes]] = [start(world, *verb) for verb in VERBS]
     try:
         for _ in range(kills):
             time.sleep(draw.uniform(0.5, 6.0))
             if draw.random() < 0.4:
                 one = draw.randrange(2)
-                workers[one].kill()
-                workers[one].wait()
-                workers[one] = start(world)
+                crew[one].kill()
+                crew[one].wait()
+                crew[one] = start(world, *VERBS[one])
             else:
                 kill(world, draw.choice(jobs))
         wait(lambda: all(world.queue.get(None, job.id).status in ENDED for job in jobs), 600)
     finally:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.wait(60)
+        for process in crew:
+            process.terminate()
+        for process in crew:
+            process.wait(60)
 
 
-def test_two_workers_and_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+def test_a_server_two_workers_and_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     jobs = [ask_for(world, seed) for seed in (1, 2)]
     disturbed(world, jobs, kills=4, seed=3)
@@ -129,6 +132,7 @@ def test_two_workers_and_kills_at_random_moments_lose_nothing(tmp_path: Path) ->
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_four_jobs_and_twenty_kills_lose_nothing(undisturbed: str, tmp_path: Path) -> None:
     world = make_world(tmp_path)
     jobs = [ask_for(world, seed) for seed in (11, 12, 13, 14)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,7 +9,18 @@ from luthier.jobs import ask
 from luthier.jobs.asked import Refused
 from luthier.jobs.queue import NoJob
 from luthier.jobs.records import Claim, Job, Note
-from tests.jobs.place import TENANT, World, chats
+from tests import databases
+from tests.jobs.place import TENANT, World, chats, make_world
+
+
+@pytest.fixture(scope="module", params=databases.KINDS)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The queue alone, on each database."""
+    folder = tmp_path_factory.mktemp("queue")
+    with databases.fresh(request.param, folder) as place:
+        made = make_world(folder, place)
+        yield made
+        made.store.close()
 
 
 def queued(world: World, tenant: str = TENANT, **fields: object) -> Job:

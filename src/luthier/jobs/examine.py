@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import artifacts, bases, metrics, training_file
-from luthier.errors import DataError
+from luthier.errors import DataError, LuthierError, StoreError
 from luthier.home import Home
 from luthier.jobs import spec
 from luthier.jobs.asked import Create
@@ -53,6 +53,11 @@ def examine(job: Job, queue: Queue, place: tuple[Store, Uploads, Home]) -> None:
         settled = settle(job, place)
     except Wrong as wrong:
         queue.turned_down(job.id, wrong.as_dict())
+        return
+    except StoreError:
+        raise  # the disk or the database, and no fault of this job's
+    except LuthierError as error:
+        queue.turned_down(job.id, {"code": "base_model_unusable", "message": error.what, "param": "model"})
         return
     counts = {name: settled[name] for name in ("rows", "validation_rows")}
     said = f"Files validated ({counts['rows']:,} examples); the job is queued"

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from luthier.errors import StoreError
 from luthier.home import Home
 from luthier.jobs import examine
 from luthier.jobs.queue import Queue
@@ -45,26 +46,40 @@ class Crew:
 
 def work(store: Store, home: Home, crew: Crew, tell: Callable[[str], None]) -> None:
     """Work until asked to stop; then children save what they trained, and their jobs wait for others."""
-    queue, uploads = Queue(store), Uploads(store, home)
     children: dict[str, subprocess.Popen[bytes]] = {}
-    host = socket.gethostname()
     try:
         while not crew.stop.is_set() and crew.parent in (None, os.getppid()):
-            for job in queue.unexamined():
-                examine.examine(job, queue, (store, uploads, home))
-                examine.forget(queue.get(None, job.id), queue, home)
-            for name, child in list(children.items()):
-                if child.poll() is not None:
-                    tell(f"{name}: {queue.get(None, name).status}")
-                    del children[name]
-            for job in queue.free(host):
-                full = len(children) >= crew.jobs
-                if not full and job.id not in children and not home.is_locked(f"job-{job.id}"):
-                    tell(f"{job.id}: begins")
-                    children[job.id] = _child(job, home, crew)
+            try:
+                _round(store, home, crew, children, tell)
+            except StoreError as error:  # a full disk or a database in use may be well again in a while
+                tell(f"trying again: {error}")
+                crew.stop.wait(REST_S)
             crew.stop.wait(BEAT_S)
     finally:
         _dismiss(children)
+
+
+def _round(
+    store: Store,
+    home: Home,
+    crew: Crew,
+    children: dict[str, subprocess.Popen[bytes]],
+    tell: Callable[[str], None],
+) -> None:
+    """Look at new jobs' files, at children that ended, and for jobs that may begin."""
+    queue, uploads = Queue(store), Uploads(store, home)
+    for job in queue.unexamined():
+        examine.examine(job, queue, (store, uploads, home))
+        examine.forget(queue.get(None, job.id), queue, home)
+    for name, child in list(children.items()):
+        if child.poll() is not None:
+            del children[name]
+            tell(f"{name}: {queue.get(None, name).status}")
+    for job in queue.free(socket.gethostname()):
+        full = len(children) >= crew.jobs
+        if not full and job.id not in children and not home.is_locked(f"job-{job.id}"):
+            tell(f"{job.id}: begins")
+            children[job.id] = _child(job, home, crew)
 
 
 def _child(job: Job, home: Home, crew: Crew) -> subprocess.Popen[bytes]:
