@@ -2,9 +2,11 @@
 a prompt with two answers, of which one was preferred; a `Prompt` is a question alone, with what a grader
 needs to judge answers to it.
 
-Sources: the `messages` form of chat fine-tuning files (system?, then user and assistant in turn); for pairs
-the prompt, chosen and rejected of Rafailov et al. 2023 (arXiv 2305.18290), section 3; for prompts the lines
-of OpenAI's reinforcement fine-tuning, whose fields beside `messages` a grader reads as `item`.
+Sources: the `messages` form of chat fine-tuning files (system?, then user and assistant in turn, and after
+an assistant's `tool_calls` the tools' answers; https://platform.openai.com/docs/guides/function-calling),
+with `tools` beside them and a `weight` of 0 on answers that are not to be learnt; for pairs the prompt,
+chosen and rejected of Rafailov et al. 2023 (arXiv 2305.18290), section 3; for prompts the lines of OpenAI's
+reinforcement fine-tuning, whose fields beside `messages` a grader reads as `item`.
 This module does not know tokens, templates, files or tensors.
 """
 
@@ -24,12 +26,30 @@ class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One use of a tool that the assistant asks for; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One turn. `calls` are an assistant's; `answers` names the call that a tool's message answers."""
+
     role: Role
     content: str
+    calls: tuple[Call, ...] = ()
+    answers: str | None = None
+    learnt: bool = True
+
+
+Tools = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +65,7 @@ class Chat:
     where: str
     id: str
     given: int = 0
+    tools: Tools = ()
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -53,10 +74,11 @@ class Chat:
 
     @property
     def answer(self) -> str:
-        return self.messages[-1].content
+        return _answer(self.messages[-1])
 
     def as_record(self) -> dict[str, object]:
-        return {"id": self.id, "where": self.where, "messages": dicts(self.messages)}
+        record = {"id": self.id, "where": self.where, "messages": dicts(self.messages)}
+        return record | _offered(self.tools)
 
     @property
     def documents(self) -> tuple[Chat, ...]:
@@ -73,22 +95,24 @@ class Pair:
     rejected: tuple[Message, ...]
     where: str
     id: str
+    tools: Tools = ()
 
     @property
     def answer(self) -> str:
         """The end of the chosen answer."""
-        return self.chosen[-1].content
+        return _answer(self.chosen[-1])
 
     def as_record(self) -> dict[str, object]:
         sides = {name: dicts(getattr(self, name)) for name in ("prompt", "chosen", "rejected")}
-        return {"id": self.id, "where": self.where, **sides}
+        return {"id": self.id, "where": self.where, **sides, **_offered(self.tools)}
 
     @property
     def documents(self) -> tuple[Chat, ...]:
         """Both conversations, the chosen one first, to be learnt behind the prompt alone."""
         given = len(self.prompt)
         return tuple(
-            Chat((*self.prompt, *side), self.where, self.id, given) for side in (self.chosen, self.rejected)
+            Chat((*self.prompt, *side), self.where, self.id, given, self.tools)
+            for side in (self.chosen, self.rejected)
         )
 
 
@@ -118,12 +142,37 @@ class Prompt:
 Row = Chat | Pair | Prompt
 
 
-def dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages in the form that chat templates and HTTP clients speak."""
-    return [{"role": message.role.value, "content": message.content} for message in messages]
+def dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as OpenAI writes them: what files hold and what HTTP clients speak."""
+    return [_as_dict(message) for message in messages]
 
 
-def chat(messages: object, where: str) -> Chat:
+def _as_dict(message: Message) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": message.role.value, "content": message.content}
+    if message.calls:
+        found["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.calls
+        ]
+    if message.answers is not None:
+        found["tool_call_id"] = message.answers
+    if not message.learnt:
+        found["weight"] = 0
+    return found
+
+
+def _answer(message: Message) -> str:
+    """What was said, or where nothing was, what was called."""
+    if message.content or not message.calls:
+        return message.content
+    return json.dumps([[call.name, json.loads(call.arguments)] for call in message.calls], sort_keys=True)
+
+
+def _offered(tools: Tools) -> dict[str, object]:
+    return {"tools": list(tools)} if tools else {}
+
+
+def chat(messages: object, where: str, tools: object = None) -> Chat:
     """Read a row of messages; raise `DataError` naming `where` if the turns are not a conversation."""
     turns = conversation(messages, where)
     if turns[-1].role is not Role.ASSISTANT:
@@ -132,14 +181,18 @@ def chat(messages: object, where: str) -> Chat:
             where=where,
             hint="add the assistant's reply as the last message",
         )
-    return Chat(turns, where, _named(dicts(turns)))
+    if not any(turn.learnt for turn in turns if turn.role is Role.ASSISTANT):
+        raise DataError("every answer has a weight of 0, so nothing is learnt", where=where)
+    offered = offers(tools, where)
+    name = _named([dicts(turns), list(offered)] if offered else dicts(turns))
+    return Chat(turns, where, name, 0, offered)
 
 
-def pair(prompt: object, chosen: object, rejected: object, where: str) -> Pair:
+def pair(prompt: object, chosen: object, rejected: object, where: str, tools: object = None) -> Pair:
     """Read a preference; both sides must be conversations that end with the assistant, and differ."""
     asked = conversation(prompt, f"{where}, prompt")
-    if asked[-1].role is not Role.USER:
-        raise DataError(f"the prompt ends with {asked[-1].role.value!r}, expected 'user'", where=where)
+    if asked[-1].role is Role.ASSISTANT:
+        raise DataError("the prompt ends with 'assistant', expected 'user'", where=where)
     sides = []
     for name, said in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(said, Sequence) or isinstance(said, str | bytes) or not said:
@@ -148,14 +201,15 @@ def pair(prompt: object, chosen: object, rejected: object, where: str) -> Pair:
         sides.append(whole[len(asked) :])
     if sides[0] == sides[1]:
         raise DataError("the chosen and the rejected answer are the same", where=where)
-    name = _named([dicts(asked), *map(dicts, sides)])
-    return Pair(asked, sides[0], sides[1], where, name)
+    offered = offers(tools, where)
+    name = _named([dicts(asked), *map(dicts, sides), *([list(offered)] if offered else [])])
+    return Pair(asked, sides[0], sides[1], where, name, offered)
 
 
 def prompt(messages: object, item: Mapping[str, Any], where: str) -> Prompt:
     """Read a question and its fields; raise `DataError` naming `where` if the last turn is not the user's."""
     turns = conversation(messages, where)
-    if turns[-1].role is not Role.USER:
+    if turns[-1].role is Role.ASSISTANT:
         raise DataError(
             f"the last turn is {turns[-1].role.value!r}; a prompt must end with the user's question",
             where=where,
@@ -174,8 +228,9 @@ def again(record: Mapping[str, Any]) -> Row:
     if "item" in record:
         return prompt(record["prompt"], record["item"], record["where"])
     if "chosen" in record:
-        return pair(record["prompt"], record["chosen"], record["rejected"], record["where"])
-    return chat(record["messages"], record["where"])
+        sides = record["prompt"], record["chosen"], record["rejected"]
+        return pair(*sides, record["where"], record.get("tools"))
+    return chat(record["messages"], record["where"], record.get("tools"))
 
 
 def _named(content: object) -> str:
@@ -184,34 +239,131 @@ def _named(content: object) -> str:
 
 
 def conversation(messages: object, where: str) -> tuple[Message, ...]:
-    """Validate turns: an optional system first, then user and assistant in turn, none of them empty."""
+    """Validate turns: an optional system first, then user and assistant in turn, none of them empty; after
+    an assistant's calls an answer to each of them."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise DataError("`messages` must be a non-empty list", where=where)
     turns = tuple(_message(message, f"{where}, message {n}") for n, message in enumerate(messages, 1))
     spoken = turns[1:] if turns[0].role is Role.SYSTEM else turns
     if not spoken:
         raise DataError("only a system message; a user turn must follow", where=where)
-    for n, turn in enumerate(spoken):
-        wanted = Role.ASSISTANT if n % 2 else Role.USER
+    wanted, open_calls = Role.USER, set[str]()
+    for n, turn in enumerate(spoken, 1):
         if turn.role is not wanted:
+            hint = "the order is: system (optional, first), then user and assistant in turn"
+            if open_calls:
+                hint = f"these calls have no answer yet: {', '.join(sorted(open_calls))}"
             raise DataError(
-                f"turn {n + 1} after the system message is {turn.role.value!r}, expected {wanted.value!r}",
+                f"turn {n} after the system message is {turn.role.value!r}, expected {wanted.value!r}",
                 where=where,
-                hint="the order is: system (optional, first), then user and assistant in turn",
+                hint=hint,
             )
+        if turn.answers is not None:
+            if turn.answers not in open_calls:
+                raise DataError(f"turn {n} answers a call that nobody made: {turn.answers!r}", where=where)
+            open_calls.remove(turn.answers)
+        open_calls |= {call.id for call in turn.calls}
+        wanted = Role.TOOL if open_calls else Role.USER if turn.role is Role.ASSISTANT else Role.ASSISTANT
+    if spoken[-1].role is not Role.ASSISTANT and open_calls:
+        raise DataError(f"no answer to {', '.join(sorted(open_calls))}", where=where)
     return turns
 
 
 def _message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError("a message must be an object with `role` and `content`", where=where)
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
+    if role == "developer":  # the newer name of the system
+        role = Role.SYSTEM.value
     if not isinstance(role, str) or role not in set(Role):
         raise DataError(f"unknown role {role!r}", where=where, hint=f"known roles: {', '.join(Role)}")
-    if not isinstance(content, str) or not content.strip():
+    calls = _calls(message, role, where)
+    content = _content(message)
+    if calls and content is None:
+        content = ""
+    if not isinstance(content, str) or not (content.strip() or calls or role == Role.TOOL):
         raise DataError(f"the {role} message is empty or not text", where=where)
+    answers = message.get("tool_call_id") if role == Role.TOOL else None
+    if role == Role.TOOL and not (isinstance(answers, str) and answers):
+        raise DataError("a tool's message names the call it answers in `tool_call_id`", where=where)
+    weight = message.get("weight", 1)
+    if weight not in (0, 1) or (weight == 0 and role != Role.ASSISTANT):
+        raise DataError("`weight` is 0 or 1, on the assistant's messages", where=where)
+    found = Message(Role(role), content, calls, answers, bool(weight))
+    _sound(_as_dict(found), where)
+    return found
+
+
+def _content(message: Mapping[str, Any]) -> object:
+    """The text; of several text parts their sum, of a refusal its words."""
+    content = message.get("content")
+    if content is None and isinstance(message.get("refusal"), str):
+        return message["refusal"]
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def _calls(message: Mapping[str, Any], role: str, where: str) -> tuple[Call, ...]:
+    given = message.get("tool_calls")
+    if message.get("function_call"):
+        raise DataError("`function_call` is the old form", where=where, hint="use `tool_calls`")
+    if not given:
+        return ()
+    if role != Role.ASSISTANT or not isinstance(given, list):
+        raise DataError("`tool_calls` is a list, on the assistant's messages", where=where)
+    found = tuple(_call(call, f"{where}, call {n}") for n, call in enumerate(given, 1))
+    if len({call.id for call in found}) < len(found):
+        raise DataError("two calls have the same id", where=where)
+    return found
+
+
+def _call(call: object, where: str) -> Call:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise DataError("a call is {id, type: function, function: {name, arguments}}", where=where)
+    name, arguments = function.get("name"), function.get("arguments", "{}")
+    if not (isinstance(name, str) and name and isinstance(call.get("id"), str) and call["id"]):
+        raise DataError("a call needs an `id` and its function a `name`", where=where)
+    if isinstance(arguments, Mapping):
+        arguments = json.dumps(arguments, ensure_ascii=False)
     try:
-        content.encode("utf-8")
+        held = json.loads(arguments) if isinstance(arguments, str) else None
+    except (ValueError, RecursionError):
+        held = None
+    if not isinstance(held, dict):
+        raise DataError(f"the arguments of {name[:64]!r} are not a JSON object", where=where)
+    return Call(call["id"], name, arguments)
+
+
+def offers(tools: object, where: str) -> Tools:
+    """The tools that a conversation may use: OpenAI's function tools, each by a name of its own."""
+    if tools is None:
+        return ()
+    if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
+        raise DataError("`tools` must be a list", where=where)
+    names = set()
+    for n, tool in enumerate(tools, 1):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or tool.get("type") != "function":
+            raise DataError(f"tool {n} is not {{type: function, function: {{name, …}}}}", where=where)
+        name = function.get("name")
+        if not isinstance(name, str) or not name or name in names:
+            raise DataError(f"tool {n} has no name, or that of another", where=where)
+        if not isinstance(function.get("parameters") or {}, Mapping):
+            raise DataError(f"the parameters of {name[:64]!r} are not a JSON schema", where=where)
+        names.add(name)
+        _sound(tool, where)
+    return tuple(tools)
+
+
+def _sound(value: object, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise DataError("the text holds a lone surrogate, which is not valid Unicode", where=where) from None
-    return Message(Role(role), content)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"this is not a JSON value: {error}", where=where) from None

@@ -5,9 +5,10 @@ What is learnt of a row is every answer of the assistant up to and including the
 after it. The prompt that serving would send for each answer must be the first tokens of the training row,
 or the model would be asked something other than what it was taught.
 
-Text that merely spells a control token (`<|im_start|>` inside a user's message) is tokenised as ordinary
-letters, in training and in serving alike, so content can never open, close or forge a turn. Rows without
-such text get exactly the tokens of `tokenizer.apply_chat_template`.
+Text that merely spells a control token (`<|im_start|>` inside a user's message, a tool's name, arguments,
+description or result) is tokenised as ordinary letters, in training and in serving alike, so content can
+never open, close or forge a turn. Rows without such text get exactly the tokens of
+`tokenizer.apply_chat_template`. Control is what the tokenizer calls special; `<tool_call>` often is not.
 
 This module does not know files of rows, batches or models, nor templates that print today's date.
 """
@@ -15,14 +16,15 @@ This module does not know files of rows, batches or models, nor templates that p
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from luthier.errors import ModelError
-from luthier.rows import Chat, Message, Role, Row, dicts
+from luthier.rows import Chat, Message, Role, Row, Tools, dicts
+from luthier.tool_calls import Convention, convention, turns
 
 CHUNK_ROWS = 1024
 _ONE_AT_A_TIME = Lock()  # a call with `split_special_tokens` changes the tokenizer while it lasts
@@ -71,9 +73,15 @@ def stop_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset({int(tokenizer.eos_token_id)})
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
     """What serving sends: the conversation so far, and the opening of the assistant's next turn."""
-    return _tokens(tokenizer, [_render(tokenizer, messages, opened=True, where="prompt")])[0]
+    return _tokens(tokenizer, [_render(tokenizer, messages, tools, opened=True, where="prompt")])[0]
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """A document as it stands: with the tokens that the tokenizer puts around one, and no control in it."""
+    with _ONE_AT_A_TIME:
+        return list(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"])
 
 
 def encode(tokenizer: Any, chat: Chat) -> Encoded:
@@ -89,9 +97,9 @@ def encode_all(tokenizer: Any, chats: Sequence[Chat]) -> list[Encoded]:
         some = chats[start : start + CHUNK_ROWS]
         texts: list[_Rendered] = []
         for chat in some:
-            texts.append(_render(tokenizer, chat.messages, opened=False, where=chat.where))
+            texts.append(_render(tokenizer, chat.messages, chat.tools, opened=False, where=chat.where))
             texts += [
-                _render(tokenizer, chat.messages[:turn], opened=True, where=chat.where)
+                _render(tokenizer, chat.messages[:turn], chat.tools, opened=True, where=chat.where)
                 for turn in _answers(chat)
             ]
         ids = iter(_tokens(tokenizer, texts))
@@ -113,7 +121,7 @@ def check(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
     asked = [row for row in rows if not row.documents]  # nothing is learnt of them, but they must render
     control = _control_of(tokenizer)
     literal = [
-        chat.where for chat in chats if control and any(control.search(m.content) for m in chat.messages)
+        chat.where for chat in chats if control and _spells(control, [*dicts(chat.messages), *chat.tools])
     ]
     tokens, learnt, longest, longest_where = 0, 0, 0, ""
     for question in asked:
@@ -142,8 +150,9 @@ def check(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _answers(chat: Chat) -> list[int]:
-    turns = enumerate(chat.messages)
-    return [n for n, message in turns if message.role is Role.ASSISTANT and n >= chat.given]
+    """The numbers of the messages to learn."""
+    found = enumerate(chat.messages)
+    return [n for n, said in found if said.role is Role.ASSISTANT and said.learnt and n >= chat.given]
 
 
 def _masked(
@@ -215,16 +224,21 @@ def _control(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], *, opened: bool, where: str) -> _Rendered:
+def _render(
+    tokenizer: Any, messages: Sequence[Message], tools: Tools, *, opened: bool, where: str
+) -> _Rendered:
     from jinja2 import TemplateError
 
     control = _control_of(tokenizer)
-    turns = dicts(messages)
+    said: list[Any] = turns(messages, tools, how := convention(tokenizer.chat_template))
+    offered: list[Any] | None = [*tools] if tools and how is not Convention.DESCRIBED else None
     hidden: dict[str, str] = {}
-    if control and any(control.search(message.content) for message in messages):
-        turns, hidden = _hide(turns, control)
+    if control and _spells(control, [said, offered]):
+        said, offered = _hide([said, offered], control, hidden)
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
+        text = tokenizer.apply_chat_template(
+            said, tools=offered, tokenize=False, add_generation_prompt=opened
+        )
     except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ModelError(
             f"the chat template refuses this conversation: {_first_line(error)}", where=where
@@ -242,21 +256,42 @@ def _control_of(tokenizer: Any) -> re.Pattern[str] | None:
     return pattern
 
 
-def _hide(
-    turns: list[dict[str, str]], control: re.Pattern[str]
-) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Put stand-ins (private-use letters that no turn contains) where content spells a control token."""
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, held in value.items():
+            yield str(name)
+            yield from _texts(held)
+    elif isinstance(value, list | tuple):
+        for held in value:
+            yield from _texts(held)
+
+
+def _spells(control: re.Pattern[str], value: Any) -> bool:
+    return any(control.search(text) for text in _texts(value))
+
+
+def _hide(value: Any, control: re.Pattern[str], hidden: dict[str, str]) -> Any:
+    """Put stand-ins (private-use letters that are nowhere in it) where a text spells a control token."""
     edge = "\ue000"
-    while any(edge in turn["content"] for turn in turns):
+    while any(edge in text for text in _texts(value)):
         edge += "\ue000"
-    hidden: dict[str, str] = {}
 
     def stand_in(match: re.Match[str]) -> str:
         name = f"{edge}{len(hidden)}\ue001"
         hidden[name] = match[0]
         return name
 
-    return [{**turn, "content": control.sub(stand_in, turn["content"])} for turn in turns], hidden
+    def put(held: Any) -> Any:
+        if isinstance(held, str):
+            return control.sub(stand_in, held)
+        if isinstance(held, Mapping):
+            return {put(name): inner if name == "role" else put(inner) for name, inner in held.items()}
+        return [put(inner) for inner in held] if isinstance(held, list | tuple) else held
+
+    return put(value)
 
 
 def _tokens(tokenizer: Any, rendered: Sequence[_Rendered]) -> list[list[int]]:

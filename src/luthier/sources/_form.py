@@ -43,7 +43,7 @@ def read(record: Mapping[str, Any], form: Form | None, where: str, kind: str = "
                 where=where,
                 hint="say how columns become turns: chat: {user: '{column}', assistant: '{column}'}",
             )
-        return chat(record["messages"], where)
+        return chat(record["messages"], where, record.get("tools"))
     columns = _mapped(record, form.values, where)
     turns = [("user", form.user), ("assistant", form.assistant)]
     if form.system is not None:
