@@ -261,13 +261,12 @@ def doctor(console: Console, findings: Sequence[Row]) -> None:
 
 
 def jobs(console: Console, found: Sequence[Row]) -> None:
-    """Jobs, newest first: what each is about and how far it is."""
-    table = _table("job", "status", "base", "tokens", "model")
+    """Jobs, newest first: what each is about and how far it is; ids are whole, to be copied."""
     for one in found:
         tokens = one["trained_tokens"] or (one["luthier"]["planned"] or {}).get("tokens")
-        name = escape(one["fine_tuned_model"] or "")
-        table.add_row(one["id"], one["status"], escape(one["model"]), f"{tokens:,}" if tokens else "", name)
-    console.print(table)
+        told = f"{tokens:,} tokens" if tokens else ""
+        line = f"{one['id']}  {one['status']:<16}  {one['model']}  {told}  {one['fine_tuned_model'] or ''}"
+        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def job(console: Console, one: Row) -> None:

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import csv
 import io
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from luthier import tuned
 from luthier.jobs import ask
+from luthier.jobs.records import Claim, Note
 from luthier.jobs.verbs import OWNER, Jobs
-from tests.jobs.place import TENANT, World, chats, jsonl, working
+from tests.e2e.world import luthier
+from tests.jobs.place import TENANT, World, chats, jsonl, wait, working
 
 
 def test_a_job_goes_from_files_to_a_model_and_tells_every_step_once(world: World) -> None:
@@ -128,3 +132,34 @@ def test_a_reinforcement_job_is_graded_from_file_to_model(world: World) -> None:
     assert done.status == "succeeded", done.error
     assert any("train_mean_reward" in event.data for event in world.events(job))
     assert refused.error is not None and "line 13" in refused.error["message"]
+
+
+def test_a_job_waits_until_the_memory_promised_to_others_is_free(world: World) -> None:
+    big = world.create(training_file=world.upload(chats(10, "big")))
+    world.queue.examined(big.id, {"rows": 10}, Note("validated"))
+    held = Claim(big.id, "held", socket.gethostname(), 600.0)
+    with world.home.lock(f"job-{big.id}", lambda pid: None):  # a living process has it
+        assert world.queue.claim(held) and world.queue.note(held, None, peak_bytes=10**15)
+        job = world.create(training_file=world.upload(chats(10, "small")), hyperparameters={"n_epochs": 1})
+        with working(world):
+            wait(lambda: any("Waiting for memory" in event.message for event in world.events(job)))
+            assert not any("train_loss" in event.data for event in world.events(job))
+            world.queue.cancel(None, big.id)
+            assert world.until(job).status == "succeeded"
+
+
+def test_jobs_are_asked_for_and_stopped_on_the_command_line_without_a_server(
+    world: World, tmp_path: Path
+) -> None:
+    home = world.home.path
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(chats(10, "typed")))
+    settings = ("--set", "hyperparameters.n_epochs=2", "--set", "suffix=typed", "--set", "metadata.a=b")
+    made = luthier(home, "jobs", "create", "tiny", str(tmp_path / "rows.jsonl"), *settings, "--json")
+    assert made["hyperparameters"]["n_epochs"] == 2 and made["metadata"] == {"a": "b"}
+    assert made["id"] in luthier(home, "jobs", "list")
+    assert luthier(home, "jobs", "cancel", made["id"], "--json")["status"] == "cancelled"
+    assert "The job has been cancelled" in luthier(home, "jobs", "follow", made["id"])
+    assert "cancelled" in luthier(home, "jobs", "show", made["id"])
+    luthier(home, "jobs", "pause", made["id"], code=3)
+    luthier(home, "jobs", "show", "ftjob-none", code=9)
+    luthier(home, "jobs", "create", "tiny", str(tmp_path / "none.jsonl"), code=3)

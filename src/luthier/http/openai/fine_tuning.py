@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -33,11 +34,25 @@ BODY_BYTES = 1024 * 1024
 BODY_S = 30.0
 BEAT_S = 0.5
 QUIET_BEATS = 30  # without an event, a comment shows that the stream lives
+FOLLOWERS = 64
 QUOTES = 4  # that may wait at a time
 After = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 JOBS = "/v1/fine_tuning/jobs"
 JOB = JOBS + "/{fine_tuning_job_id}"
+
+
+class TooMany(RequestError):
+    """As many as this server takes on at once are being served."""
+
+    http_code = 429
+
+
+@dataclass
+class Followers:
+    """How many live streams there are; each asks the database twice a second."""
+
+    taken: int = 0
 
 
 def inlined(schema: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +97,7 @@ def routes(store: Store, home: Home, uploads: Uploads) -> APIRouter:
         """What that job would take: tokens, minutes, memory, and money where a price is set."""
         body = await _body(request)
         if waiting.locked():
-            raise RequestError("other quotes are being made; try again soon", code="queue_full")
+            raise TooMany("other quotes are being made; try again soon", code="queue_full")
         async with waiting:
             return await run_in_threadpool(quote.elsewhere, body, caller(request).tenant, home)
 
@@ -125,6 +140,7 @@ def _moves(router: APIRouter, queue: Queue) -> None:
 
 def _told(router: APIRouter, queue: Queue) -> None:
     """What happened to a job, and what it left on the way."""
+    followers = Followers()
 
     @router.get(JOB + "/events")
     def events(
@@ -137,10 +153,14 @@ def _told(router: APIRouter, queue: Queue) -> None:
         """What happened, newest first; or with `stream` from the first event on, as it happens."""
         job = queue.get(caller(request).tenant, fine_tuning_job_id)
         if stream:
+            if followers.taken >= FOLLOWERS:
+                raise TooMany("too many follow jobs at once; read pages of events instead")
             after = after or request.headers.get("last-event-id")
             queue.events(job.id, after, 1, newest=False)  # an unknown `after` is refused before the stream
             quiet = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(_live(queue, job, after), media_type="text/event-stream", headers=quiet)
+            return StreamingResponse(
+                _live(queue, job, after, followers), media_type="text/event-stream", headers=quiet
+            )
         found, more = queue.events(job.id, after, limit, newest=True)
         return JSONResponse(ask.page([ask.event_object(one) for one in found], more))
 
@@ -207,7 +227,16 @@ async def _body(request: Request) -> bytes:
     return bytes(data)
 
 
-async def _live(queue: Queue, job: Job, after: str | None) -> AsyncIterator[bytes]:
+async def _live(queue: Queue, job: Job, after: str | None, followers: Followers) -> AsyncIterator[bytes]:
+    followers.taken += 1
+    try:
+        async for piece in _events(queue, job, after):
+            yield piece
+    finally:
+        followers.taken -= 1
+
+
+async def _events(queue: Queue, job: Job, after: str | None) -> AsyncIterator[bytes]:
     quiet = 0
     while True:
         now = await run_in_threadpool(
