@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from luthier import tuned
-from luthier.jobs import ask
+from luthier import rows, tuned
+from luthier.errors import DataError
+from luthier.jobs import ask, examine
 from luthier.jobs.records import Claim, Note
 from luthier.jobs.verbs import OWNER, Jobs
+from luthier.training_file import Kind
 from tests.e2e.world import luthier
 from tests.jobs.place import TENANT, World, chats, jsonl, wait, working
 
@@ -40,8 +42,8 @@ def test_a_job_goes_from_files_to_a_model_and_tells_every_step_once(world: World
     assert world.store.release(job.id, model.release).facts["tenant"] == TENANT
     table = world.uploads.get(TENANT, said["result_files"][0])
     with world.uploads.open(table) as stream:
-        rows = list(csv.DictReader(io.TextIOWrapper(stream, "utf-8")))
-    assert [int(row["step"]) for row in rows if row["train_loss"]] == steps
+        table_rows = list(csv.DictReader(io.TextIOWrapper(stream, "utf-8")))
+    assert [int(row["step"]) for row in table_rows if row["train_loss"]] == steps
 
 
 def test_a_bad_line_fails_the_job_by_its_number(world: World) -> None:
@@ -49,8 +51,7 @@ def test_a_bad_line_fails_the_job_by_its_number(world: World) -> None:
     bad = [
         (lines[0] + b"\n" + b'{"messages": []}\n', "line 3: "),
         (lines[0] + b'{"messages": [{"role": "user", "content": "x"}]}\n', "line 2: "),
-        (lines[0] * 2 + jsonl([with_weight(0)]) , "line 3: `weight: 0` is not supported"),
-        (lines[0] + jsonl([chats(1)[0] | {"tools": [TOOL]}]), "line 2: `tools` is not supported"),
+
         (lines[0], "Training file has 1 example(s), but must have at least 10"),
     ]  # fmt: skip
     jobs = [(world.create(training_file=world.upload(data)), words) for data, words in bad]
@@ -103,12 +104,15 @@ def test_a_quote_is_what_the_bill_says(world: World, monkeypatch: pytest.MonkeyP
     assert not list((world.home.path / "jobs" / "rows").iterdir())
 
 
-def with_weight(weight: int) -> dict[str, Any]:
+def with_name(name: str) -> dict[str, Any]:
     turns = chats(1)[0]["messages"]
-    return {"messages": [*turns[:1], turns[1] | {"weight": weight}, *chats(1, "again")[0]["messages"]]}
+    return {"messages": [turns[0] | {"name": name}, turns[1]]}
 
 
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+def twice() -> list[dict[str, str]]:
+    """Two turns of the assistant's, one after the other."""
+    turns: list[dict[str, str]] = chats(1)[0]["messages"]
+    return [*turns, turns[1]]
 
 
 def test_a_reinforcement_job_is_graded_from_file_to_model(world: World) -> None:
@@ -121,7 +125,7 @@ def test_a_reinforcement_job_is_graded_from_file_to_model(world: World) -> None:
         "type": "reinforcement",
         "reinforcement": {
             "grader": grader,
-            "hyperparameters": {"n_epochs": 1, "batch_size": 6, "compute_multiplier": 0.5},
+            "hyperparameters": {"n_epochs": 1, "batch_size": 6, "compute_multiplier": 0.25},
         },
     }
     job = world.create(training_file=world.upload(rows), method=method)
@@ -163,3 +167,42 @@ def test_jobs_are_asked_for_and_stopped_on_the_command_line_without_a_server(
     luthier(home, "jobs", "pause", made["id"], code=3)
     luthier(home, "jobs", "show", "ftjob-none", code=9)
     luthier(home, "jobs", "create", "tiny", str(tmp_path / "none.jsonl"), code=3)
+
+
+def test_tools_weights_and_developers_are_carried_into_rows() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    record = {
+        "messages": [
+            {
+                "role": "developer",
+                "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "short"}],
+            },
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "not learnt", "weight": 0},
+            {"role": "user", "content": "call it"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        "parallel_tool_calls": False,
+    }
+    row = examine.as_row(record, Kind.CHAT, "line 1")
+    assert row["messages"][0] == {"role": "system", "content": "be short"}
+    assert row["messages"][2]["weight"] == 0 and row["messages"][-1]["tool_calls"] == [call]
+    assert row["tools"] == record["tools"]
+    assert rows.chat(row["messages"], "again", row["tools"]).messages[-1].calls
+    with pytest.raises(DataError, match="`functions` is not supported"):
+        examine.as_row(record | {"functions": [{"name": "f"}]}, Kind.CHAT, "line 1")
+
+
+def test_preferences_become_pairs() -> None:
+    record = {
+        "input": {"messages": [{"role": "user", "content": "hi"}]},
+        "preferred_output": [{"role": "assistant", "content": "hello"}],
+        "non_preferred_output": [{"role": "assistant", "content": "go away"}],
+    }
+    row = examine.as_row(record, Kind.PREFERENCE, "line 1")
+    assert row == {
+        "prompt": record["input"]["messages"],  # type: ignore[index]
+        "chosen": record["preferred_output"],
+        "rejected": record["non_preferred_output"],
+    }

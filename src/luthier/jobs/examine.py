@@ -1,9 +1,9 @@
 """A job's files before it waits for a worker: every line is read, and written again as luthier's rows.
 
 OpenAI's lines become rows that a recipe reads, line for line, so that a place in an error is still the line
-of the upload. What cannot be carried over (tool calls, a weight of 0, pictures) is refused by its name and
-line. The copy lies at `home/jobs/rows/`, named by the upload's SHA-256: what a job learns cannot change or go
-while it runs, and the same upload gives the same dataset. It does not know tokens or bases.
+of the upload. What cannot be carried over (pictures, names of speakers, the old form of tools) is refused by
+its name and line. The copy lies at `home/jobs/rows/`, named by the upload's SHA-256: what a job learns cannot
+change or go while it runs, and the same upload gives the same dataset. It does not know tokens or bases.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier import artifacts, bases, metrics, training_file
+from luthier import artifacts, bases, metrics, rows, training_file
 from luthier.errors import DataError, LuthierError, StoreError
 from luthier.home import Home
 from luthier.jobs import spec
@@ -26,13 +26,12 @@ from luthier.jobs.records import ENDED, Job, Note
 from luthier.plugins import Part
 from luthier.sources import _records
 from luthier.store import Store
-from luthier.training_file import Bounds, Example, Kind
+from luthier.training_file import Bounds, Kind
 from luthier.uploads import Uploads
 
 KINDS = {"supervised": Kind.CHAT, "dpo": Kind.PREFERENCE, "reinforcement": Kind.REINFORCEMENT}
 LEAST = 10  # examples that OpenAI wants of a training file
-UNCARRIED = ("tools", "functions", "function_call", "tool_calls", "tool_call_id", "name", "refusal")
-ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
+UNCARRIED = ("functions", "function_call")  # the old form of tools
 LINE = re.compile(r":(\d+)(?:,|\s|$)")
 
 
@@ -68,11 +67,11 @@ def settle(job: Job, place: tuple[Store, Uploads, Home]) -> dict[str, Any]:
     """Write the rows of both files and settle what depends on their number, or raise `Wrong`."""
     store, uploads, home = place
     counts = {file[0]: carry(job, uploads, home, file) for file in files(job)}
-    rows = counts["training_file"]
-    if rows < LEAST:
-        said = f"Training file has {rows} example(s), but must have at least {LEAST} examples"
+    count = counts["training_file"]
+    if count < LEAST:
+        said = f"Training file has {count} example(s), but must have at least {LEAST} examples"
         raise Wrong("invalid_n_examples", said, "training_file")
-    settled = spec.settled(Create.model_validate(job.asked), rows, counts.get("validation_file", 0))
+    settled = spec.settled(Create.model_validate(job.asked), count, counts.get("validation_file", 0))
     return settled | {"max_length": spec.longest(bases.find(store, job.base))}
 
 
@@ -150,46 +149,38 @@ def _lines(source: Path, carried: Carried) -> Iterator[str]:
         try:
             if isinstance(record, DataError):
                 raise record
-            row = as_row(training_file.read(record, number, carried.kind), record)
+            training_file.read(record, number, carried.kind)
+            row = as_row(record, carried.kind, f"line {number}")
             if carried.grader is not None:
                 metrics.check(carried.grader, row, f"line {number}")
         except DataError as error:
-            raise Wrong(f"invalid_{carried.param}", f"line {number}: {error.what}", carried.param) from error
+            place = error.where if (error.where or "").startswith("line ") else f"line {number}"
+            raise Wrong(f"invalid_{carried.param}", f"{place}: {error.what}", carried.param) from error
         yield artifacts.canonical(row).decode("utf-8") + "\n"
         written = number
 
 
-def as_row(example: Example, record: Mapping[str, Any]) -> dict[str, Any]:
+def as_row(record: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:
     """One of OpenAI's examples in the form that the data stage reads; `DataError` names what is not."""
-    for where in (record, record.get("input", {})):
-        for key in UNCARRIED:
-            if where.get(key):
-                raise DataError(
-                    f"`{key}` is not supported: rows are text turns of system, user and assistant"
-                )
-    if example.kind is Kind.PREFERENCE:
-        chosen, rejected = ([_turn(m) for m in side] for side in example.conversations)
-        return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    turns = [_turn(message) for message in example.conversations[0]]
-    if example.kind is Kind.REINFORCEMENT:
-        return {"messages": turns, **{k: v for k, v in record.items() if k not in training_file.CHAT_KEYS}}
-    return {"messages": turns}
-
-
-def _turn(message: Mapping[str, Any]) -> dict[str, str]:
-    role = ROLES.get(message["role"])
-    if role is None:
-        raise DataError(
-            f"the role `{message['role']}` is not supported: no base here is taught to call tools"
-        )
+    asked = record["input"] if kind is Kind.PREFERENCE else record
     for key in UNCARRIED:
-        if message.get(key) is not None:
-            raise DataError(f"`{key}` in a message is not supported")
-    if message.get("weight") == 0:
-        raise DataError("`weight: 0` is not supported: every turn of the assistant's is learnt")
-    content = message["content"]
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return {"role": role, "content": text}
+        if asked.get(key):
+            raise DataError(f"`{key}` is not supported; write `tools`", where=where)
+    for message in (*asked["messages"], *record.get("preferred_output", ())):
+        if message.get("name") is not None:
+            raise DataError("`name` in a message is not supported: no template here shows it", where=where)
+    tools = asked.get("tools")
+    if kind is Kind.PREFERENCE:
+        sides = record["preferred_output"], record["non_preferred_output"]
+        row = rows.pair(asked["messages"], *sides, where, tools).as_record()
+    elif kind is Kind.REINFORCEMENT:
+        item = {key: value for key, value in record.items() if key not in training_file.CHAT_KEYS}
+        if tools:
+            raise DataError("`tools` is not supported: a grader reads text", where=where)
+        row = {"messages": rows.dicts(rows.prompt(asked["messages"], item, where).prompt), **item}
+    else:
+        row = rows.chat(asked["messages"], where, tools).as_record()
+    return {key: value for key, value in row.items() if key not in ("id", "where")}
 
 
 def restore(job: Job, uploads: Uploads, home: Home) -> None:
