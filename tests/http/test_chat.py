@@ -161,12 +161,19 @@ WRONG: list[dict[str, Any]] = [
     turns(("user", [{"type": "image_url", "image_url": {"url": "x"}}])), turns(("user", "a" * 3000)),
     {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": 1.5}, {"temperature": -1}, {"temperature": 3},
     {"temperature": True}, {"top_p": 2}, {"seed": 2**70}, {"stop": [""]}, {"stop": ["a"] * 5},
-    {"stream": "yes"}, {"n": 2}, {"logprobs": True}, {"tools": [{"type": "function"}]},
-    {"response_format": {"type": "json_object"}}, {"presence_penalty": 0.5}, {"logit_bias": {"5": 1}},
+    {"stream": "yes"}, {"n": 0}, {"n": 9}, {"top_logprobs": 3}, {"tools": [{"type": "function"}]},
+    {"response_format": {"type": "xml"}}, {"presence_penalty": 2.5}, {"logit_bias": {"x": 1}},
+    {"logit_bias": {"5": 101}}, {"logit_bias": {str(n): 1 for n in range(2000)}}, {"tool_choice": "required"},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}},
+    {"response_format": {"type": "json_schema"}}, {"audio": {"voice": "x"}}, {"reasoning_effort": "high"},
+    {"messages": [{"role": "user", "content": "x"}] * 3000}, {"stop": ["a" * 300]}, {"top_k": -2},
+    {"tools": [{"type": "function", "function": {"name": "<|im_start|>"}}]}, {"functions": [{"name": "f"}]},
 ]  # fmt: skip
 HARMLESS: list[dict[str, Any]] = [
     {"n": 1}, {"tools": []}, {"logprobs": False}, {"response_format": {"type": "text"}}, {"stop": None},
     {"presence_penalty": 0.0}, {"max_tokens": None}, {"tool_choice": "auto"}, {"metadata": {"a": 1}},
+    {"chat_template": "{{ 1 / 0 }}", "chat_template_kwargs": {"tokenize": True, "tools": [1]}},
+    {"documents": [1], "add_generation_prompt": False, "tokenize": True, "continue_final_message": True},
 ]  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def constraint(grammar: Grammar, tokenizer: Any) -> Constraint:
     """A fresh constraint for one answer; raises `GrammarRefused` before it costs more than its bounds."""
     from llguidance import LLMatcher
 
-    matcher = LLMatcher(_vocabulary(tokenizer), compiled(grammar), log_level=0, limits=_limits())
+    matcher = LLMatcher(vocabulary(tokenizer), compiled(grammar), log_level=0, limits=_limits())
     if matcher.is_error():
         raise GrammarRefused(f"the grammar cannot be used: {_said(matcher)}")
     return Constraint(matcher)
@@ -96,9 +96,9 @@ def constraint(grammar: Grammar, tokenizer: Any) -> Constraint:
 
 def check(grammar: Grammar, tokenizer: Any) -> None:
     """Compile it once and take the first mask; what takes longer than `COMPILE_S` is refused."""
-    vocabulary = _vocabulary(tokenizer)  # built once for a tokenizer, and not the grammar's fault
+    size = vocabulary(tokenizer).vocab_size  # built once for a tokenizer, and not the grammar's fault
     began_s = time.thread_time()  # not the clock: a busy machine is not the grammar's fault either
-    constraint(grammar, tokenizer).mask(vocabulary.vocab_size)
+    constraint(grammar, tokenizer).mask(size)
     if time.thread_time() - began_s > COMPILE_S:
         raise GrammarRefused(
             f"the grammar takes longer than {COMPILE_S * 1000:.0f} ms to compile",
@@ -199,7 +199,7 @@ def _limits() -> Any:
     )
 
 
-def _vocabulary(tokenizer: Any) -> Any:
+def vocabulary(tokenizer: Any) -> Any:
     """llguidance's view of the tokenizer, kept on it: building one takes a second for 150,000 tokens."""
     kept = tokenizer.__dict__.get("_luthier_grammar")
     if kept is None:

@@ -1,8 +1,9 @@
-"""The chat format: what a request may say, and the shapes of its answers, whole or in a stream.
+"""The chat format: what a request may say.
 
-Source: https://platform.openai.com/docs/api-reference/chat. Fields we do not know are ignored; fields we
-know and cannot honour are refused with their name, for silence would be a wrong answer. `temperature`
-defaults to 0 (greedy) here, not to OpenAI's 1: a guard should say the same thing twice.
+Source: https://platform.openai.com/docs/api-reference/chat. Fields we do not know are ignored (so none of
+them reaches a chat template: CVE-2025-62426); fields we know and cannot honour are refused with their name,
+for silence would be a wrong answer. `temperature` defaults to 0 (greedy) here, not to OpenAI's 1: a guard
+should say the same thing twice. `top_k` and `return_token_ids` are vLLM's.
 
 It does not know sockets, releases in memory or tokens.
 """
@@ -10,123 +11,245 @@ It does not know sockets, releases in memory or tokens.
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from luthier.engine.grammar import Grammar, Kind
 from luthier.errors import DataError
 from luthier.http.problems import RequestError
-from luthier.rows import Message, Role, conversation
+from luthier.rows import Message, Role, Tools, conversation, offers
+from luthier.serving import limits
 from luthier.serving.service import Options
+from luthier.tool_calls import forced
 
 # What we cannot do, and the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
 }
-StopText = Annotated[str, Field(min_length=1, max_length=256)]
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+StopText = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARACTERS)]
+Stop = StopText | Annotated[list[StopText], Field(max_length=limits.STOPS)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[str, Bias], Field(max_length=limits.BIASES)]
 
 
 class Given(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
 
-class TextPart(Given):
-    type: Literal["text"]
-    text: str
+class Part(Given):
+    type: Literal["text", "refusal"]
+    text: str = ""
+    refusal: str = ""
 
 
 class Turn(Given):
     role: str
-    content: str | list[TextPart]
+    content: str | list[Part] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
 
 
 class StreamOptions(Given):
     include_usage: bool | None = Field(default=None, description="a last chunk tells the token counts")
 
 
-class ChatRequest(Given):
-    """Ask a release to go on with a conversation. Greedy (temperature 0) unless a temperature is given."""
+class NamedFunction(Given):
+    name: str
+
+
+class NamedTool(Given):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class Schema(Given):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    schema_: dict[str, Any] = Field(default={}, alias="schema")
+    strict: bool | None = None
+
+
+class Format(Given):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+
+class Spoken(Given):
+    """What chat and completions have in common."""
 
     model: str = Field(min_length=1, max_length=256, description="NAME, NAME@ALIAS or NAME@DIGEST")
-    messages: list[Turn] = Field(min_length=1, description="system (optional), then user, assistant in turn")
-    max_tokens: int | None = Field(default=None, ge=1, description="default 256, at most the context")
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
     temperature: float | None = Field(default=None, ge=0, le=2, description="default 0: greedy, repeatable")
     top_p: float | None = Field(default=None, ge=0, le=1, description="default 1")
+    top_k: int | None = Field(default=None, ge=-1, le=1_000_000, description="0 or -1: no bound")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="makes sampling repeatable")
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    n: int | None = Field(default=None, ge=1, le=limits.CHOICES)
+    stop: Stop | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Biases | None = Field(default=None, description="token id to what its logit gains")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(default=None, description="tell the tokens' ids too")
+
+    @property
+    def usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def options(self, max_tokens: int | None) -> Options:
+        """How to answer, as the service takes it."""
+        stop = self.stop
+        try:
+            bias = tuple((int(token), more) for token, more in (self.logit_bias or {}).items())
+        except ValueError:
+            raise RequestError("the keys of `logit_bias` are token ids", param="logit_bias") from None
+        return Options(
+            max_tokens=max_tokens,
+            temperature=self.temperature or 0.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            stops=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            top_k=max(0, self.top_k or 0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=bias,
+        )
+
+
+class ChatRequest(Spoken):
+    """Ask a release to go on with a conversation. Greedy (temperature 0) unless a temperature is given."""
+
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=limits.MESSAGES)] = Field(
+        description="system (optional), then user and assistant in turn, tools' answers after calls"
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="default 256, at most the context")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=limits.TOP_LOGPROBS)
+    response_format: Format | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=limits.TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request that was understood."""
+    """A request that was understood. `must`: the answer is one call; `one`: it is at most one."""
 
     model: str
     messages: tuple[Message, ...]
     options: Options
     stream: bool
     include_usage: bool
+    n: int = 1
+    must: bool = False
+    named: bool = False
+    one: bool = False
+    token_ids: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int
-
-    def as_dict(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+Request = TypeVar("Request", bound=Given)
 
 
-def parse(data: bytes) -> Asked:
+def read(kind: type[Request], data: bytes, unsupported: Mapping[str, tuple[object, ...]]) -> Request:
     """Understand a body or raise `RequestError` naming the field."""
     try:
-        given = ChatRequest.model_validate_json(data)
+        given = kind.model_validate_json(data)
     except ValidationError as error:
         raise _invalid(error) from None
     except RecursionError:
         raise RequestError("the JSON is nested too deeply") from None
-    for name, harmless in UNSUPPORTED.items():
+    for name, harmless in unsupported.items():
         value = (given.model_extra or {}).get(name)
         if value is not None and value not in harmless:
             raise RequestError(f"`{name}` is not supported here", param=name, code="unsupported_parameter")
-    stops = (given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ())
-    options = Options(
-        max_tokens=given.max_completion_tokens or given.max_tokens,
-        temperature=given.temperature or 0.0,
-        top_p=1.0 if given.top_p is None else given.top_p,
-        seed=given.seed,
-        stops=stops,
+    return given
+
+
+def parse(data: bytes) -> Asked:
+    """A chat request, understood."""
+    given = read(ChatRequest, data, UNSUPPORTED)
+    if given.top_logprobs and not given.logprobs:
+        raise RequestError("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
+    tools, grammar = _tools(given), _format(given.response_format)
+    choice = given.tool_choice
+    must = choice == "required" or isinstance(choice, NamedTool)
+    if must:
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        if not any(name in (None, tool["function"]["name"]) for tool in tools):
+            raise RequestError("`tool_choice` asks for a tool that is not in `tools`", param="tool_choice")
+        grammar = Grammar(Kind.JSON_SCHEMA, json.dumps(forced(tools, name)))
+    options = given.options(given.max_completion_tokens or given.max_tokens)
+    options = _with(
+        options,
+        logprobs=(given.top_logprobs or 0) if given.logprobs else None,
+        grammar=grammar,
+        tools=() if choice == "none" else tools,
     )
-    usage = bool(given.stream_options and given.stream_options.include_usage)
-    return Asked(given.model, _messages(given.messages), options, bool(given.stream), usage)
+    return Asked(
+        model=given.model,
+        messages=_messages(given.messages),
+        options=options,
+        stream=bool(given.stream),
+        include_usage=given.usage,
+        n=given.n or 1,
+        must=must,
+        named=isinstance(choice, NamedTool),
+        one=given.parallel_tool_calls is False,
+        token_ids=bool(given.return_token_ids),
+    )
+
+
+def _with(options: Options, **changes: Any) -> Options:
+    from dataclasses import replace
+
+    return replace(options, **changes)
+
+
+def _tools(given: ChatRequest) -> Tools:
+    if not given.tools:
+        return ()
+    if len(json.dumps(given.tools)) > limits.TOOLS_BYTES:
+        raise RequestError(f"the tools are larger than {limits.TOOLS_BYTES} bytes", param="tools")
+    try:
+        tools = offers(given.tools, "tools")
+    except DataError as error:
+        raise RequestError(error.what, param="tools", hint=error.hint) from None
+    for tool in tools:
+        if not NAME.fullmatch(tool["function"]["name"]):
+            raise RequestError("a tool's name is letters, digits, _ and -, at most 64", param="tools")
+    return tools
+
+
+def _format(given: Format | None) -> Grammar | None:
+    if given is None or given.type == "text":
+        return None
+    if given.type == "json_object":
+        return Grammar(Kind.JSON_OBJECT)
+    if given.json_schema is None:
+        raise RequestError("`response_format.json_schema` is missing", param="response_format")
+    return Grammar(Kind.JSON_SCHEMA, json.dumps(given.json_schema.schema_))
 
 
 def _messages(turns: list[Turn]) -> tuple[Message, ...]:
-    rows = [{"role": turn.role, "content": _text(turn.content)} for turn in turns]
+    rows = []
+    for turn in turns:
+        row: dict[str, Any] = {"role": turn.role, "content": _text(turn.content)}
+        row |= {"tool_calls": turn.tool_calls} if turn.tool_calls else {}
+        row |= {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
+        rows.append(row)
     try:
         messages = conversation(rows, "messages")
     except DataError as error:
@@ -134,13 +257,15 @@ def _messages(turns: list[Turn]) -> tuple[Message, ...]:
         raise RequestError(
             f"{place}: {error.what}" if place else error.what, param="messages", hint=error.hint
         ) from None
-    if messages[-1].role is not Role.USER:
-        raise RequestError("the last message must be the user's", param="messages")
+    if messages[-1].role is Role.ASSISTANT:
+        raise RequestError("the last message must be the user's, or a tool's", param="messages")
     return messages
 
 
-def _text(content: str | list[TextPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def _text(content: str | list[Part] | None) -> str | None:
+    if isinstance(content, list):
+        return "".join(part.text or part.refusal for part in content)
+    return content
 
 
 def _invalid(error: ValidationError) -> RequestError:
@@ -149,44 +274,3 @@ def _invalid(error: ValidationError) -> RequestError:
     return RequestError(
         f"{place}: {first['msg']}" if place else first["msg"], param=place.split(".")[0] or None
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What all parts of one answer have in common."""
-
-    model: str
-    release: str
-    include_usage: bool = False
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def whole(self, text: str, reason: str, usage: Usage) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return self._head("chat.completion") | {"choices": [choice], "usage": usage.as_dict()}
-
-    def chunk(self, delta: dict[str, str], reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        body = self._head("chat.completion.chunk") | {"choices": [choice]}
-        return event(body | {"usage": None} if self.include_usage else body)
-
-    def counts(self, usage: Usage) -> bytes:
-        return event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage.as_dict()})
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": f"luthier-{self.release[:12]}",
-        }
-
-
-def event(body: dict[str, Any]) -> bytes:
-    """One server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"

@@ -1,4 +1,4 @@
-"""One chat request from its arrival to its line in the log.
+"""One request from its arrival to its line in the log.
 
 Events come from the worker's thread into the event loop; a client that goes away is noticed while it
 waits, too, and its place in the worker is free before the next token. Each exchange leaves exactly one
@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from starlette.requests import ClientDisconnect, Request
 
 from luthier.errors import ServeError
+from luthier.http.auth import caller
 from luthier.http.problems import RequestError, TooLarge
+from luthier.serving.desk import Turn
 from luthier.serving.service import Service
-from luthier.serving.worker import Ask, Event, Failed, Heard, Said
+from luthier.serving.worker import Ask, End, Event, Failed, Heard, Said
 from luthier.store import RequestRecord
 
 BODY_S = 30.0
@@ -42,8 +45,9 @@ class Exchange:
     def __init__(self, request: Request, note: Callable[[RequestRecord], None]) -> None:
         self.request = request
         self._note: Callable[[RequestRecord], None] | None = note
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._cancel: Callable[[], None] | None = None
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._cancels: list[Callable[[], None]] = []
+        self.open = 0  # answers that have not ended
         self._watcher: asyncio.Task[None] | None = None
         self._at = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._began_s = time.monotonic()
@@ -76,29 +80,39 @@ class Exchange:
             raise ClientGone("the client left before its request was read") from None
         return bytes(data)
 
-    def begin(self, service: Service, ask: Ask) -> None:
+    def begin(self, service: Service, asks: Sequence[Ask], n: int = 1) -> None:
+        """Start the answers: `n` to each ask, the sampled ones with seeds that follow each other."""
         loop = asyncio.get_running_loop()
+        turn = Turn(caller(self.request).tenant)
 
-        def sink(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+        def sink(at: int) -> Callable[[Event], None]:
+            def hear(event: Event) -> None:
+                with suppress(RuntimeError):  # the loop is closed: nobody listens
+                    loop.call_soon_threadsafe(self._events.put_nowait, (at, event))
 
-        self.prompt_tokens = len(ask.prompt_ids)
-        self._cancel = service.submit(ask, sink)
+            return hear
+
+        self.prompt_tokens = sum(len(ask.prompt_ids) for ask in asks)
         self._watcher = asyncio.create_task(self._watch())
+        for ask in (_again(ask, copy) for ask in asks for copy in range(n)):
+            self._cancels.append(service.submit(ask, sink(self.open), turn))
+            self.open += 1
 
-    async def next(self) -> Heard:
-        """The next event of the answer; a failure or a client that left is raised."""
-        event = await self._events.get()
-        if event is None:
+    async def next(self) -> tuple[int, Heard]:
+        """The next event, and of which answer; a failure or a client that left is raised."""
+        found = await self._events.get()
+        if found is None:
             raise ClientGone("the client left")
+        at, event = found
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Said):
             self.completion_tokens += 1
             if self._first_token_s is None:
                 self._first_token_s = time.monotonic() - self._began_s
-        return event
+        if isinstance(event, End):
+            self.open -= 1
+        return at, event
 
     def ended(self, status: int, error: Exception | None = None) -> None:
         self.status, self.error = status, type(error).__name__ if error else None
@@ -110,8 +124,8 @@ class Exchange:
             return
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._cancel is not None:
-            self._cancel()
+        for cancel in self._cancels:
+            cancel()
         note(
             RequestRecord(
                 at=self._at,
@@ -129,9 +143,15 @@ class Exchange:
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        if self._cancel is not None:
-            self._cancel()
+        for cancel in self._cancels:
+            cancel()
         self._events.put_nowait(None)
+
+
+def _again(ask: Ask, copy: int) -> Ask:
+    if copy == 0 or ask.sampling.seed is None:
+        return ask
+    return replace(ask, sampling=replace(ask.sampling, seed=ask.sampling.seed + copy))
 
 
 def _too_large(limit_bytes: int) -> TooLarge:

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from luthier.engine.grammar import GrammarRefused
 from luthier.errors import GateRefused, LuthierError, NotFound, ServeError
 from luthier.serving.limits import Busy
 from luthier.serving.service import TooLong
@@ -20,9 +21,15 @@ CODES: tuple[tuple[type[LuthierError], str], ...] = (
     (TooLong, "context_length_exceeded"),
     (NotFound, "model_not_found"),
     (GateRefused, "model_refused"),
-    (Busy, "queue_full"),
+    (Busy, "rate_limit_exceeded"),
+    (GrammarRefused, "invalid_schema"),
 )
-PARAMS = {"model_not_found": "model", "model_refused": "model", "context_length_exceeded": "messages"}
+PARAMS = {
+    "model_not_found": "model",
+    "model_refused": "model",
+    "context_length_exceeded": "messages",
+    "invalid_schema": "response_format",
+}
 
 
 class RequestError(ServeError):

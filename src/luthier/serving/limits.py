@@ -10,6 +10,18 @@ from dataclasses import dataclass
 
 from luthier.errors import ServeError
 
+# What one request may ask for, whatever the server's size; checked before any work is done for it.
+MESSAGES = 2048
+CHOICES = 8
+PROMPTS = 64
+INPUTS = 256
+STOPS = 4
+STOP_CHARACTERS = 256
+TOP_LOGPROBS = 20
+BIASES = 1024
+TOOLS = 128
+TOOLS_BYTES = 256 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

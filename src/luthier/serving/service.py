@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from luthier import template
+from luthier.engine.grammar import Grammar, check, vocabulary
 from luthier.engine.sampling import Sampling
 from luthier.errors import DataError, LuthierError, ModelError
 from luthier.home import Home
-from luthier.rows import Message
+from luthier.rows import Message, Tools
 from luthier.serving.desk import QUEUE, Desk, Turn
 from luthier.serving.engine_process import EngineProcess
 from luthier.serving.journal import Journal
@@ -28,6 +29,7 @@ from luthier.serving.limits import DEFAULTS, Limits
 from luthier.serving.router import Router, Target
 from luthier.serving.worker import Ask, End, Event, Failed, Said, Sink, Worker
 from luthier.store import Store
+from luthier.tool_calls import Convention, convention
 
 log = logging.getLogger("luthier.serving")
 
@@ -41,6 +43,27 @@ class Options:
     top_p: float = 1.0
     seed: int | None = None
     stops: tuple[str, ...] = ()
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    tools: Tools = ()
+    score_prompt: bool = False
+
+    def sampling(self, max_new_tokens: int) -> Sampling:
+        return Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            top_k=self.top_k,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            logprobs=self.logprobs,
+        )
 
 
 class TooLong(DataError):
@@ -70,14 +93,53 @@ class Voice:
             lock=threading.Lock(),
         )
 
-    def read(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def read(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
         """The prompt's tokens; a prompt that cannot fit is refused before it is tokenised."""
         characters = sum(len(message.content) for message in messages)
+        self._require_fit(characters)
+        with self.lock:
+            ids = tuple(template.prompt_ids(self.reader, messages, tools))
+        return self._fitting(ids, self.context - 1)
+
+    def read_text(self, text: str, room: int) -> tuple[int, ...]:
+        """A document's tokens, leaving `room` for what follows."""
+        self._require_fit(len(text))
+        with self.lock:
+            ids = tuple(template.text_ids(self.reader, text))
+        return self._fitting(ids, self.context - room)
+
+    def check_ids(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
+        """Tokens that a client gives as such; they must be tokens, and leave `room`."""
+        size = len(self.reader)
+        if any(not 0 <= token < size for token in ids):
+            raise DataError(f"a token id is not one of the model's {size}")
+        return self._fitting(tuple(ids), self.context - room)
+
+    @property
+    def convention(self) -> Convention:
+        return convention(self.reader.chat_template)
+
+    def check(self, grammar: Grammar) -> None:
+        """Refuse a grammar that cannot be compiled in time."""
+        with self.lock:
+            check(grammar, self.reader)
+
+    def ready_to_spell(self) -> None:
+        """Do now, in this thread, what the first `spelt` needs."""
+        with self.lock:
+            vocabulary(self.reader)
+
+    def spelt(self, token: int) -> tuple[str, list[int]]:
+        """A token's own text, and its bytes, which need not be whole characters."""
+        held = bytes(vocabulary(self.reader).decode_bytes([token])).lstrip(b"\xff")
+        return held.decode("utf-8", "replace"), list(held)
+
+    def _require_fit(self, characters: int) -> None:
         if characters >= self.context * self.widest:
             raise _too_long(f"{characters} characters", self.context)
-        with self.lock:
-            ids = tuple(template.prompt_ids(self.reader, messages))
-        if len(ids) >= self.context:
+
+    def _fitting(self, ids: tuple[int, ...], most: int) -> tuple[int, ...]:
+        if len(ids) > most:
             raise _too_long(f"{len(ids)} tokens", self.context)
         return ids
 
@@ -123,7 +185,7 @@ class Service:
         for model in self.router.in_production():
             try:
                 target = self.router.resolve(model)
-                self._voice(target)
+                self.voice(target)
                 self.worker.warm(target)
                 ready += 1
             except LuthierError as error:
@@ -138,16 +200,28 @@ class Service:
     def prepare(self, target: Target, messages: Sequence[Message], options: Options) -> Ask:
         """Everything that can be refused, refused; what is left only has to be computed."""
         self.worker.require_room()
-        voice = self._voice(target)
-        ids = voice.read(messages)
-        wanted = options.max_tokens or self.limits.default_tokens
-        sampling = Sampling(
-            max_new_tokens=min(wanted, voice.context - len(ids)),
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
+        voice = self.voice(target)
+        return self._ask(target, voice, voice.read(messages, options.tools), options)
+
+    def prepare_text(self, target: Target, prompt: str | Sequence[int], options: Options) -> Ask:
+        """The same for a document to go on with, as text or as tokens."""
+        self.worker.require_room()
+        voice = self.voice(target)
+        room = 0 if options.max_tokens == 0 else 1
+        if isinstance(prompt, str):
+            return self._ask(target, voice, voice.read_text(prompt, room), options)
+        return self._ask(target, voice, voice.check_ids(prompt, room), options)
+
+    def _ask(self, target: Target, voice: Voice, ids: tuple[int, ...], options: Options) -> Ask:
+        wanted = self.limits.default_tokens if options.max_tokens is None else options.max_tokens
+        if options.grammar is not None:
+            voice.check(options.grammar)
+        if options.logprobs is not None:
+            voice.ready_to_spell()
+        sampling = options.sampling(min(wanted, voice.context - len(ids)))
+        return Ask(
+            target, ids, sampling, voice.stop_ids, options.stops, options.grammar, options.score_prompt
         )
-        return Ask(target, ids, sampling, voice.stop_ids, options.stops)
 
     def submit(self, ask: Ask, sink: Sink, turn: Turn | None = None) -> Callable[[], None]:
         """Start an answer; its events come to `sink` on the worker's thread. Returns what cancels it."""
@@ -180,7 +254,8 @@ class Service:
         finally:
             cancel()
 
-    def _voice(self, target: Target) -> Voice:
+    def voice(self, target: Target) -> Voice:
+        """How the base of `target` reads and spells."""
         with self._loading:
             voice = self._voices.get(target.base_digest)
             if voice is None:

@@ -1,0 +1,127 @@
+"""One request with one or more answers: begun, told whole or in a stream, ended in good order.
+
+Source: https://html.spec.whatwg.org/multipage/server-sent-events.html for the stream. Until the first event
+of an answer is there, a refusal still has its own status; after it, a failure is an error event.
+What the answers look like is told by a `Telling`; this module does not know chat, completions or JSON fields.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from starlette.background import BackgroundTask
+from starlette.responses import JSONResponse, StreamingResponse
+
+from luthier.errors import LuthierError
+from luthier.http import problems
+from luthier.http.exchange import GONE, Exchange
+from luthier.serving.worker import Heard
+from luthier.store import RequestRecord
+
+log = logging.getLogger("luthier.http")
+Note = Callable[[RequestRecord], None]
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    def as_dict(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+class Telling(Protocol):
+    """What becomes of the events: chunks as they come, or one body at the end."""
+
+    stream: bool
+    include_usage: bool
+
+    def opening(self) -> list[dict[str, Any]]: ...
+    def heard(self, n: int, event: Heard) -> list[dict[str, Any]]: ...
+    def counts(self, usage: Usage) -> dict[str, Any]: ...
+    def whole(self, usage: Usage) -> dict[str, Any]: ...
+
+
+async def respond(request: Request, note: Note, begin: Callable[[Exchange], Awaitable[Telling]]) -> Response:
+    """Run one request from its body to its line in the log."""
+    exchange = Exchange(request, note)
+    try:
+        telling = await begin(exchange)
+        first = await exchange.next()
+        if not telling.stream:
+            return await _whole(exchange, telling, first)
+        return StreamingResponse(
+            _stream(exchange, telling, first),
+            media_type="text/event-stream",
+            headers={**exchange.headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
+            background=BackgroundTask(_close, exchange),  # runs even if the stream was never begun
+        )
+    except LuthierError as error:
+        exchange.ended(problems.status(error), error)
+        exchange.close()
+        return problems.response(error, exchange.headers)
+    except Exception as error:
+        log.exception("a request failed")
+        exchange.ended(500, error)
+        exchange.close()
+        return problems.response(error, exchange.headers)
+    except asyncio.CancelledError:  # the server is being stopped
+        exchange.close()
+        raise
+
+
+async def _whole(exchange: Exchange, telling: Telling, first: tuple[int, Heard]) -> Response:
+    telling.heard(*first)
+    while exchange.open:
+        telling.heard(*await exchange.next())
+    exchange.ended(200)
+    exchange.close()
+    return JSONResponse(telling.whole(_usage(exchange)), headers=exchange.headers)
+
+
+async def _stream(exchange: Exchange, telling: Telling, first: tuple[int, Heard]) -> AsyncIterator[bytes]:
+    try:
+        for chunk in telling.opening():
+            yield event(chunk)
+        for chunk in telling.heard(*first):
+            yield event(chunk)
+        while exchange.open:
+            for chunk in telling.heard(*await exchange.next()):
+                yield event(chunk)
+        if telling.include_usage:
+            yield event(telling.counts(_usage(exchange)))
+        exchange.ended(200)
+        yield DONE
+    except LuthierError as error:
+        exchange.ended(problems.status(error), error)
+        if exchange.status != GONE:
+            yield event(problems.body(error))
+            yield DONE
+    finally:
+        exchange.close()
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
+
+
+def _usage(exchange: Exchange) -> Usage:
+    return Usage(exchange.prompt_tokens, exchange.completion_tokens)
+
+
+async def _close(exchange: Exchange) -> None:
+    exchange.close()
