@@ -15,7 +15,6 @@ generation_config.json may ask for. One thread owns a Runtime.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
+from luthier.engine.adapters import inspect
 from luthier.engine.sampling import Chooser, Chosen, Sampling, likeliest
 from luthier.errors import ModelError
 
@@ -38,11 +38,6 @@ PADDED_TOKENS = 6144  # and its size once padded; more gains nothing on a CPU an
 # As an index the last position is copied out; as a plain 1 it stays a strided view, for which torch's matmul
 # with frozen bfloat16 weights takes a slow path, and for more rows copies the output matrix once per row.
 LAST = torch.tensor([-1])
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Settings under which loading an adapter would change the base itself, which every other adapter shares.
-SHARED = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
-PLAIN_STARTS = (True, False, None, "gaussian")
 
 Progress = Callable[[int, int], None]
 
@@ -87,7 +82,7 @@ class Runtime:
         """Lay an adapter beside the others. Refused whole, and without a trace, if anything is amiss."""
         if adapter_digest in self._adapters:
             return
-        keys = _inspect(adapter)
+        _, keys = inspect(adapter)
         try:
             if self._peft is None:
                 self._peft = PeftModel.from_pretrained(
@@ -319,43 +314,3 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-def _inspect(adapter: Path) -> set[str]:
-    """Names of an adapter's tensors, once its files are safe to open: safetensors, finite, its own."""
-    for path in sorted(adapter.iterdir()) if adapter.is_dir() else []:
-        if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"}:
-            raise ModelError(
-                f"{path.name} could run code when loaded", where=str(path), hint="safetensors only"
-            )
-    try:
-        config = json.loads((adapter / CONFIG).read_text("utf-8"))
-        with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
-            keys = set(tensors.keys())
-            bad = next(
-                (key for key in sorted(keys) if not torch.isfinite(tensors.get_tensor(key)).all()), None
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"not an adapter folder ({CONFIG} and {WEIGHTS}): {error}", where=str(adapter)
-        ) from error
-    if bad is not None:
-        raise ModelError(
-            f"{bad} contains NaN or infinity", where=str(adapter / WEIGHTS), hint="train it again"
-        )
-    if not keys:
-        raise ModelError("the adapter holds no tensor", where=str(adapter / WEIGHTS))
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise ModelError("`peft_type` is missing", where=str(adapter / CONFIG))
-    shared = [name for name in SHARED if config.get(name)]
-    if config.get("bias", "none") != "none":
-        shared.append("bias")
-    if config.get("init_lora_weights") not in PLAIN_STARTS:
-        shared.append("init_lora_weights")
-    if shared or config.get("num_virtual_tokens"):
-        raise ModelError(
-            f"{', '.join(shared) or 'virtual tokens'}: such an adapter changes more than its own layers",
-            where=str(adapter / CONFIG),
-            hint="adapters here share one base and must leave it as it is",
-        )
-    return keys

@@ -52,26 +52,31 @@ def can_compile() -> bool:
     return True
 
 
-@cache
 def _library() -> ctypes.CDLL:
+    return build(SOURCE)
+
+
+@cache
+def build(source: Path) -> ctypes.CDLL:
+    """A C++ file beside this one, compiled for this very CPU; raises `TrainError` where that fails."""
     with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
         built = Path(folder) / "native.so"
-        flags = [flag for flag in FLAGS if "512" not in flag or "avx512f" in _cpu_flags()]
+        flags = [flag for flag in FLAGS if "512" not in flag or "avx512f" in cpu_flags()]
         try:
             done = subprocess.run(
-                [COMPILER, *flags, "-o", str(built), str(SOURCE)], capture_output=True, text=True, check=False
+                [COMPILER, *flags, "-o", str(built), str(source)], capture_output=True, text=True, check=False
             )
         except OSError as error:
             raise TrainError(f"this plan needs {COMPILER}: {error.strerror}", hint=_HINT) from error
         if done.returncode:
-            raise TrainError(f"{COMPILER} cannot compile {SOURCE.name}: {done.stderr[-500:]}", hint=_HINT)
+            raise TrainError(f"{COMPILER} cannot compile {source.name}: {done.stderr[-500:]}", hint=_HINT)
         return ctypes.CDLL(str(built))
 
 
 _HINT = "install g++; or plan again on this machine: `plan.json` says what it counts on"
 
 
-def _cpu_flags() -> str:
+def cpu_flags() -> str:
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
