@@ -285,7 +285,8 @@ def _projections(module: Any, taken: Mapping[nn.Module, Group]) -> Callable[[Ten
         sizes = group.sizes
 
     def project(x_T_E: Tensor) -> Sequence[Tensor]:
-        return [part.unflatten(-1, (-1, width)) for part in group.call(x_T_E).split_with_sizes(sizes, dim=-1)]
+        parts = group.call(x_T_E).split_with_sizes(sizes, dim=-1)
+        return [part.view(len(part), -1, width) for part in parts]
 
     return project
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -28,76 +26,18 @@ from transformers.utils import logging as transformers_logging
 from luthier.engine import adapters, pages
 from luthier.engine.answering import Answering, Laid
 from luthier.engine.decode import Reach, Segment, largest
+from luthier.engine.growing import ROOM, Ended, Growing, Grown, Read, Room
 from luthier.engine.pages import BLOCK, Pool
 from luthier.engine.sampling import Chooser, Chosen, Sampling, likeliest
 from luthier.errors import LuthierError, ModelError
 
 Progress = Callable[[int, int], None]
-Tops = tuple[tuple[tuple[int, float], ...], ...]
-
-
-class Ended(StrEnum):
-    STOP = "stop"
-    LENGTH = "length"
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """How much grows at once: `rows` sequences, `chunk` prompt tokens a step, `adapters` beside the base."""
-
-    rows: int = 16
-    chunk: int = 128
-    adapters: int = 32
-    cache_bytes: int = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """The prompt's own tokens under the model: log p of each given those before it; None for the first."""
-
-    logps: tuple[float | None, ...]
-    tops: Tops
-
-
-@dataclass(slots=True, eq=False)
-class Growing:
-    """One sequence under way, as `begin` returns it. Everything else about it is the decoder's."""
-
-    ids: list[int]
-    adapter: str | None
-    chooser: Chooser
-    stop_ids: frozenset[int]
-    prompt: int
-    score: bool = False
-    pooled: Tensor | None = None
-    read: int = 0
-    named: int = 0
-    blocks: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    logps: list[float | None] = field(default_factory=list)
-    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-
-    @property
-    def left(self) -> int:
-        """Tokens that are not in the cache yet."""
-        return len(self.ids) - self.read
-
-
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """What a step brought one sequence. After `ended` or `error` there is no more of it."""
-
-    row: Growing
-    chosen: Chosen | None = None
-    ended: Ended | None = None
-    read: Read | None = None
-    error: LuthierError | None = None
 
 
 class Decoder:
     """A base model in memory, the adapters beside it, and every answer that grows from them."""
 
-    def __init__(self, model: Any, base_digest: str, room: Room = Room()) -> None:
+    def __init__(self, model: Any, base_digest: str, room: Room = ROOM) -> None:
         config = model.config.get_text_config()
         self.context = int(config.max_position_embeddings)
         self.room = room
@@ -112,7 +52,7 @@ class Decoder:
         self._lost: list[Grown] = []
 
     @classmethod
-    def load(cls, base: Path, base_digest: str, room: Room = Room(), threads: int | None = None) -> Decoder:
+    def load(cls, base: Path, base_digest: str, room: Room = ROOM, threads: int | None = None) -> Decoder:
         if threads is not None:
             torch.set_num_threads(threads)
         transformers_logging.disable_progress_bar()
@@ -176,8 +116,10 @@ class Decoder:
         adapter: str | None = None,
         stop_ids: frozenset[int] = frozenset(),
         score: bool = False,
+        pool: bool = False,
     ) -> Growing:
-        """Queue a sequence. `score` asks for the prompt's own log-probabilities too."""
+        """Queue a sequence. `score` asks for the prompt's own log-probabilities too, `pool` for its sum of
+        last hidden states."""
         if not prompt_ids:
             raise ModelError("an empty prompt has no next token")
         if adapter is not None and adapter not in self._slots:
@@ -186,6 +128,7 @@ class Decoder:
         if wanted > self.longest:
             raise ModelError(f"{wanted} tokens do not fit: a sequence can come to {self.longest} here")
         row = Growing(list(prompt_ids), adapter, chooser, stop_ids, len(prompt_ids), score)
+        row.pooled = torch.zeros(()) if pool else None
         self._waiting.append(row)
         return row
 
@@ -258,9 +201,7 @@ class Decoder:
 
     def embed(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> Tensor:
         """The mean of the last hidden states of each prompt's tokens: (B, E), float32."""
-        rows = [self.begin(prompt, Chooser(Sampling(0)), adapter) for prompt in prompts]
-        for row in rows:
-            row.pooled = torch.zeros(())
+        rows = [self.begin(prompt, Chooser(Sampling(0)), adapter, pool=True) for prompt in prompts]
         left = set(map(id, rows))
         while left:
             left -= {id(grown.row) for grown in self.step() if grown.ended is not None}

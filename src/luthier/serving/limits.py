@@ -27,13 +27,15 @@ TOOLS_BYTES = 256 * 1024
 class Limits:
     """`active` answers grow in turn, token by token; `waiting` more may queue; the next gets a 429."""
 
-    active: int = 8
+    active: int = 16
     waiting: int = 64
     adapters: int = 32
     bases: int = 2
     default_tokens: int = 256
     body_bytes: int = 4 * 1024 * 1024
     grace_s: float = 20.0
+    chunk_tokens: int = 128
+    cache_bytes: int = 1 << 30
 
 
 DEFAULTS = Limits()

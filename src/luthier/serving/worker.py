@@ -1,12 +1,11 @@
-"""The one thread that owns the models: answers grow in turn, one token each, until they end.
+"""The one thread that owns the models: it lets every answer grow by a token, step by step, until they end.
 
-Round-robin at the grain of a token is the simplest form of iteration-level scheduling (Orca, Yu et al.,
-OSDI 2022). A request keeps the release it began with; a cancelled one gives up its place before the next
-token; a failing one takes no other with it. Bases and adapters are loaded when first asked for and the
-longest unused one makes room.
+What grows together in a step is `engine.decoder`'s work. A request keeps the release it began with; a
+cancelled one gives up its place and its blocks before the next step; a failing one takes no other with it,
+unless the step itself fails: then all that grew from that base end, and it is loaded afresh for the next.
+Bases and adapters are loaded when first asked for and the longest unused one makes room.
 
-It does not know HTTP, aliases or chat templates. Loading a base or reading a long prompt holds up the other
-answers for that long: there is one thread, and no chunked prefill.
+It does not know HTTP, aliases or chat templates. Loading a base holds up the other answers for that long.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from luthier import template
-from luthier.engine.generate import Runtime
+from luthier.engine.decoder import Decoder
 from luthier.engine.grammar import Grammar, constraint
+from luthier.engine.growing import Ended, Growing, Grown, Room
 from luthier.engine.sampling import Chooser, Chosen, Sampling
 from luthier.errors import LuthierError, ServeError
 from luthier.serving.limits import Limits, busy
@@ -65,10 +65,15 @@ class Read:
     logps: tuple[float | None, ...]
     tops: tuple[tuple[tuple[int, float], ...], ...] = ()
 
-    @property
-    def text(self) -> str:
-        """Reading says nothing."""
-        return ""
+    text: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """The mean of the prompt's last hidden states, where that was asked for."""
+
+    values: tuple[float, ...]
+    text: ClassVar[str] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +91,14 @@ class Failed:
     error: LuthierError
 
 
-Heard = Said | Read | End
+Heard = Said | Read | Pooled | End
 Event = Heard | Failed
 Sink = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One answer to give, as plain data."""
+    """One answer to give, as plain data. `embed` asks for a vector and for no word."""
 
     target: Target
     prompt_ids: tuple[int, ...]
@@ -102,12 +107,17 @@ class Ask:
     stops: tuple[str, ...] = ()
     grammar: Grammar | None = None
     score_prompt: bool = False
+    embed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
+    """Answers that grow or wait, and the cache's blocks: all there are, and those that somebody holds."""
+
     active: int
     waiting: int
+    blocks: int = 0
+    held_blocks: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -117,9 +127,9 @@ class _Line:
     ask: Ask
     sink: Sink
     cancelled: bool = False
-    stream: Iterator[Chosen] | None = None
+    decoder: Decoder | None = None
+    row: Growing | None = None
     text: Unfolding | None = None
-    tokens: int = 0
     began_s: float = field(default_factory=time.monotonic)
 
 
@@ -131,7 +141,7 @@ class Worker:
         self._waiting: deque[_Line] = deque()
         self._chores: deque[tuple[Target, Future[None]]] = deque()
         self._active: list[_Line] = []
-        self._bases: OrderedDict[str, Runtime] = OrderedDict()  # the longest unused first
+        self._bases: OrderedDict[str, Decoder] = OrderedDict()  # the longest unused first
         self._adapters: dict[str, OrderedDict[str, None]] = {}  # per base, the longest unused first
         self._writers: dict[str, Any] = {}  # per base, a tokenizer that only this thread uses
         self._closing_at: float | None = None
@@ -173,7 +183,9 @@ class Worker:
 
     def counts(self) -> Counts:
         with self._wake:
-            return Counts(len(self._active), len(self._waiting))
+            pools = [decoder.pool for decoder in tuple(self._bases.values())]
+            blocks, held = sum(pool.blocks for pool in pools), sum(pool.held for pool in pools)
+            return Counts(len(self._active), len(self._waiting), blocks, held)
 
     @property
     def alive(self) -> bool:
@@ -202,8 +214,11 @@ class Worker:
             while self._tidy():
                 while self._chores:
                     self._chore(*self._chores.popleft())
-                for line in tuple(self._active):
-                    self._step(line)
+                for line in [line for line in self._active if line.row is None]:
+                    self._begin(line)
+                for digest, decoder in tuple(self._bases.items()):
+                    if decoder.busy:
+                        self._step(digest, decoder)
         finally:  # whatever ended the loop, nobody is left waiting for an answer that will not come
             with self._wake:
                 self._closing_at = time.monotonic()
@@ -225,43 +240,78 @@ class Worker:
                 self._active.append(self._waiting.popleft())
             over = self._closing_at is not None and not (self._active or self._chores)
         for line in gone:
-            line.stream = None  # frees its cache
+            _release(line)
             if not line.cancelled:
                 self._tell(line, Failed(_closing()))
         return not over
 
-    def _step(self, line: _Line) -> None:
-        """One token for one answer. Whatever goes wrong stays within this request."""
-        last: Event | None = None
-        try:
-            stream = line.stream or self._begin(line)
-            ended = self._say(line, next(stream, None))
-            if ended is not None:
-                last = End(ended, line.text.close() if line.text is not None else "")
-        except LuthierError as error:
-            last = Failed(error)
-        except Exception as error:
-            log.exception("release %s: the engine failed", line.ask.target.release_digest[:12])
-            last = Failed(EngineFailed(f"the engine failed ({type(error).__name__})"))
-        if last is not None:
-            self._leave(line, last)
+    def _begin(self, line: _Line) -> None:
+        """Load what it needs and give its prompt to the decoder. Whatever goes wrong stays its own.
 
-    def _say(self, line: _Line, chosen: Chosen | None) -> Reason | None:
-        """Tell what a token says, and whether it was the last."""
-        if chosen is None:
-            return Reason.LENGTH
-        line.tokens += 1
+        While others use every place for adapters, it waits for the next step.
+        """
+        ask = line.ask
+        try:
+            if not self._room_for(ask.target):
+                return
+            line.decoder = decoder = self._load(ask.target)
+            writer = self._writers[ask.target.base_digest]
+            line.text = Unfolding(writer, ask.stops)
+            chooser = Chooser(ask.sampling, None if ask.grammar is None else constraint(ask.grammar, writer))
+            how = (chooser, ask.target.adapter_digest, ask.stop_ids, ask.score_prompt, ask.embed)
+            line.row = decoder.begin(ask.prompt_ids, *how)
+        except LuthierError as error:
+            self._leave(line, Failed(error))
+        except Exception as error:
+            log.exception("release %s: an answer could not begin", ask.target.release_digest[:12])
+            self._leave(line, Failed(_failed(error)))
+
+    def _step(self, digest: str, decoder: Decoder) -> None:
+        """A token for every answer of one base; a step that fails ends them all, and the base with them."""
+        lines = {id(line.row): line for line in self._active if line.decoder is decoder}
+        try:
+            brought = decoder.step()
+        except Exception as error:
+            with self._wake:
+                del self._bases[digest], self._adapters[digest], self._writers[digest]
+            log.exception("base %s: a step failed; the base is loaded afresh", digest[:12])
+            for line in lines.values():
+                self._leave(line, Failed(_failed(error)))
+            return
+        for grown in brought:
+            if id(grown.row) in lines:
+                self._hear(lines[id(grown.row)], grown)
+
+    def _hear(self, line: _Line, grown: Grown) -> None:
+        """Tell what a step brought an answer, and its end if that was the last."""
+        if grown.error is not None:
+            self._leave(line, Failed(grown.error))
+            return
+        try:
+            if grown.read is not None:
+                self._tell(line, Read(grown.read.logps, grown.read.tops))
+            if grown.row.pooled is not None:
+                self._tell(line, Pooled(tuple((grown.row.pooled / grown.row.prompt).tolist())))
+            ended = self._say(line, grown.chosen) if grown.chosen is not None else None
+            if ended is None and grown.ended is not None:
+                ended = Reason.STOP if grown.ended is Ended.STOP else Reason.LENGTH
+            if ended is not None:
+                self._leave(line, End(ended, line.text.close() if line.text is not None else ""))
+        except Exception as error:
+            log.exception("release %s: an answer failed", line.ask.target.release_digest[:12])
+            self._leave(line, Failed(_failed(error)))
+
+    def _say(self, line: _Line, chosen: Chosen) -> Reason | None:
+        """Tell what a token says, and whether a stop string has been met."""
         if chosen.token in line.ask.stop_ids or line.text is None:
             self._tell(line, Said(chosen.token, "", chosen.logp, chosen.top))
-            return Reason.STOP
+            return None
         self._tell(line, Said(chosen.token, line.text.push(chosen.token), chosen.logp, chosen.top))
-        if line.text.stopped:
-            return Reason.STOP
-        return Reason.LENGTH if line.tokens >= line.ask.sampling.max_new_tokens else None
+        return Reason.STOP if line.text.stopped else None
 
     def _leave(self, line: _Line, event: Event) -> None:
         """The place is free before the last event is told, so whoever hears it can ask again."""
-        line.stream = None
+        _release(line)
         with self._wake:
             self._active.remove(line)
             self._mean_s += 0.1 * (time.monotonic() - line.began_s - self._mean_s)
@@ -283,56 +333,67 @@ class Worker:
         else:
             done.set_result(None)
 
-    def _begin(self, line: _Line) -> Iterator[Chosen]:
-        ask = line.ask
-        runtime = self._load(ask.target)
-        writer, adapter = self._writers[ask.target.base_digest], ask.target.adapter_digest
-        line.text = Unfolding(writer, ask.stops)
-        chooser = Chooser(ask.sampling, None if ask.grammar is None else constraint(ask.grammar, writer))
-        if ask.score_prompt:
-            found = runtime.prompt_logps(ask.prompt_ids, ask.sampling.logprobs or 0, adapter)
-            self._tell(line, Read((None, *(one.logp for one in found)), ((), *(one.top for one in found))))
-        line.stream = runtime.answer(ask.prompt_ids, chooser, adapter, ask.stop_ids)
-        return line.stream
-
-    def _load(self, target: Target) -> Runtime:
-        """The runtime of the target's base, with its adapter in place and both marked as just used."""
-        runtime = self._bases.get(target.base_digest)
-        if runtime is None:
+    def _load(self, target: Target) -> Decoder:
+        """The decoder of the target's base, with its adapter in place and both marked as just used."""
+        decoder = self._bases.get(target.base_digest)
+        if decoder is None:
             self._drop_unused_bases()
-            runtime = Runtime.load(target.base_dir, self._threads)
-            self._bases[target.base_digest] = runtime
+            limits = self._limits
+            room = Room(limits.active, limits.chunk_tokens, limits.adapters, limits.cache_bytes)
+            decoder = Decoder.load(target.base_dir, target.base_digest, room, self._threads)
+            writer = template.load_tokenizer(target.base_dir)
+            with self._wake:
+                self._bases[target.base_digest] = decoder
             self._adapters[target.base_digest] = OrderedDict()
-            self._writers[target.base_digest] = template.load_tokenizer(target.base_dir)
-        self._bases.move_to_end(target.base_digest)
+            self._writers[target.base_digest] = writer
+        with self._wake:
+            self._bases.move_to_end(target.base_digest)
         if target.adapter_digest is None or target.adapter_dir is None:
-            return runtime
+            return decoder
         adapters = self._adapters[target.base_digest]
-        self._bases.move_to_end(target.base_digest)
-        if target.adapter_digest is None or target.adapter_dir is None:
-            return runtime
         if target.adapter_digest not in adapters:
-            self._drop_unused_adapters(runtime, adapters)
-            runtime.add(target.adapter_digest, target.adapter_dir)
+            self._drop_unused_adapters(decoder, adapters)
+            decoder.add(target.adapter_digest, target.adapter_dir)
             adapters[target.adapter_digest] = None
         adapters.move_to_end(target.adapter_digest)
-        return runtime
+        return decoder
+
+    def _room_for(self, target: Target) -> bool:
+        """Whether the adapter is there, or a place for it is free or can be made free."""
+        adapters = self._adapters.get(target.base_digest)
+        if adapters is None or target.adapter_digest is None or target.adapter_digest in adapters:
+            return True
+        return len(adapters) < self._limits.adapters or not self._used() >= set(adapters)
+
+    def _used(self) -> set[str | None]:
+        return {line.ask.target.adapter_digest for line in self._active if line.row is not None}
 
     def _drop_unused_bases(self) -> None:
         """Make room for one more; bases in use stay, even if that means one too many for a while."""
-        used = {line.ask.target.base_digest for line in self._active if line.stream is not None}
+        used = {line.ask.target.base_digest for line in self._active if line.row is not None}
         for digest in [digest for digest in self._bases if digest not in used]:
             if len(self._bases) < self._limits.bases:
                 return
-            del self._bases[digest], self._adapters[digest], self._writers[digest]
+            with self._wake:
+                del self._bases[digest], self._adapters[digest], self._writers[digest]
 
-    def _drop_unused_adapters(self, runtime: Runtime, adapters: OrderedDict[str, None]) -> None:
-        used = {line.ask.target.adapter_digest for line in self._active if line.stream is not None}
+    def _drop_unused_adapters(self, decoder: Decoder, adapters: OrderedDict[str, None]) -> None:
+        used = self._used()
         for digest in [digest for digest in adapters if digest not in used]:
             if len(adapters) < self._limits.adapters:
                 return
-            runtime.drop(digest)
+            decoder.drop(digest)
             del adapters[digest]
+
+
+def _release(line: _Line) -> None:
+    """Its place in the decoder and its blocks are free."""
+    if line.decoder is not None and line.row is not None:
+        line.decoder.cancel(line.row)
+
+
+def _failed(error: Exception) -> EngineFailed:
+    return EngineFailed(f"the engine failed ({type(error).__name__})")
 
 
 def _closing() -> ServeError:
