@@ -173,10 +173,11 @@ def test_leaving_a_talk_early_cancels_it(service: Service) -> None:
 def test_closing_finishes_what_is_short_and_fails_what_is_long(world: World) -> None:
     service = Service(world.store, world.home)
     service.start()
-    short, _ = begin(service, ask_for(service, "guard", PROMPTS[0], Options(TOKENS)))
-    long, _ = begin(service, ask_for(service, "guard", PROMPTS[0], LONG))
+    service.warm()
     spare = ask_for(service, "guard", PROMPTS[0], LONG)
-    service.close(grace_s=2.0)
+    long, _ = begin(service, ask_for(service, "guard", PROMPTS[0], LONG))
+    short, _ = begin(service, ask_for(service, "guard", PROMPTS[0], Options(TOKENS)))
+    service.close(grace_s=0.3)
     assert tuple(finish(short)[0]) == world.answers[world.releases[0], PROMPTS[0]].tokens
     tokens, _, failed = finish(long)
     assert isinstance(failed, Failed) and isinstance(failed.error, ServeError)
