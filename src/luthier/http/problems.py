@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse
 from luthier.engine.grammar import GrammarRefused
 from luthier.errors import GateRefused, LuthierError, NotFound, ServeError
 from luthier.serving.limits import Busy
-from luthier.serving.service import TooLong
+from luthier.serving.service import NoToken, TooLong
 
 KINDS = {403: "permission_error", 429: "rate_limit_error"}
 CODES: tuple[tuple[type[LuthierError], str], ...] = (
     (TooLong, "context_length_exceeded"),
+    (NoToken, "invalid_prompt"),
     (NotFound, "model_not_found"),
     (GateRefused, "model_refused"),
     (Busy, "rate_limit_exceeded"),
@@ -29,6 +30,7 @@ PARAMS = {
     "model_refused": "model",
     "context_length_exceeded": "messages",
     "invalid_schema": "response_format",
+    "invalid_prompt": "prompt",
 }
 
 

@@ -72,6 +72,12 @@ class TooLong(DataError):
     http_code = 400
 
 
+class NoToken(DataError):
+    """A token that the model does not have."""
+
+    http_code = 400
+
+
 @dataclass(frozen=True)
 class Voice:
     """What a base brings along besides weights. Reading changes a tokenizer's state: `lock` guards it."""
@@ -112,7 +118,7 @@ class Voice:
         """Tokens that a client gives as such; they must be tokens, and leave `room`."""
         size = len(self.reader)
         if any(not 0 <= token < size for token in ids):
-            raise DataError(f"a token id is not one of the model's {size}")
+            raise NoToken(f"a token id is not one of the model's {size}")
         return self._fitting(tuple(ids), self.context - room)
 
     @property
