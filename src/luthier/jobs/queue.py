@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import case, exists, insert, or_, select, update
@@ -50,8 +50,9 @@ class NoJob(NotFound):
 
 
 class Queue:
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
         self._store = store
+        self._clock = clock
 
     # ---- for those who ask --------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ class Queue:
         with self._store.writing() as connection:
             connection.execute(insert(JOBS), row)
             for note in notes:
-                _tell(connection, job.id, note)
+                _tell(connection, self._clock(), job.id, note)
         return self.get(job.tenant, job.id)
 
     def get(self, tenant: str | None, job_id: str) -> Job:
@@ -118,7 +119,7 @@ class Queue:
 
     def cancel(self, tenant: str | None, job_id: str) -> Job:
         """No more is done for it from now on; a worker that has it stops at its next breath."""
-        ended = {"finished_at": int(time.time()), "estimated_finish": None}
+        ended = {"finished_at": int(self._clock()), "estimated_finish": None}
         return self._ask(tenant, job_id, (*ACTIVE, "paused"), "cancelled", "cancelled", ended)
 
     def pause(self, tenant: str | None, job_id: str) -> Job:
@@ -142,7 +143,7 @@ class Queue:
         with self._store.writing() as connection:
             moved = _move(connection, job_id, frm, {"status": to, **values})
             if moved:
-                _tell(connection, job_id, Note(f"The job has been {word}"))
+                _tell(connection, self._clock(), job_id, Note(f"The job has been {word}"))
         if not moved:
             now = self.get(tenant, job_id).status
             verb = {"cancelled": "cancel", "paused": "pause", "queued": "resume"}[to]
@@ -173,12 +174,12 @@ class Queue:
         with self._store.writing() as connection:
             values = {"status": "queued", "settled": as_text(settled)}
             if _move(connection, job_id, ("validating_files",), values):
-                _tell(connection, job_id, note)
+                _tell(connection, self._clock(), job_id, note)
 
     def turned_down(self, job_id: str, error: Mapping[str, Any]) -> None:
         with self._store.writing() as connection:
-            if _move(connection, job_id, ("validating_files",), _failure(error)):
-                _tell(connection, job_id, _failed(error))
+            if _move(connection, job_id, ("validating_files",), _failure(error, self._clock())):
+                _tell(connection, self._clock(), job_id, _failed(error))
 
     # ---- for those who work -------------------------------------------------------------------------
 
@@ -188,32 +189,34 @@ class Queue:
         One that a process of this very machine holds is among them: whether that process lives, the kernel
         knows (its lock), and who claims must have that lock.
         """
-        query = select(JOBS).where(JOBS.c.status.in_(("queued", "running")), _unheld(host))
+        query = select(JOBS).where(JOBS.c.status.in_(("queued", "running")), _unheld(host, self._clock()))
         return [as_job(row) for row in self._store.rows(query.order_by(JOBS.c.seq))]
 
     def claim(self, claim: Claim) -> Job | None:
         """The job, if nobody holds it: from now on it is running and this worker's."""
-        began = int(time.time())
+        began = int(self._clock())
         values = {
             "status": "running", "lease": claim.token, "host": claim.host,
-            "lease_until": time.time() + claim.lease_s, "attempts": JOBS.c.attempts + 1,
+            "lease_until": self._clock() + claim.lease_s, "attempts": JOBS.c.attempts + 1,
             "peak_bytes": None, "held_bytes": None,
             # A lease that nobody gave back is a worker that died.
             "deaths": JOBS.c.deaths + case((JOBS.c.lease.is_not(None), 1), else_=0),
         }  # fmt: skip
         with self._store.writing() as connection:
-            if not _move(connection, claim.job, ("queued", "running"), values, _unheld(claim.host)):
+            if not _move(
+                connection, claim.job, ("queued", "running"), values, _unheld(claim.host, self._clock())
+            ):
                 return None
             first = update(JOBS).where(JOBS.c.id == claim.job, JOBS.c.started_at.is_(None))
             connection.execute(first.values(started_at=began))
             job = as_job(connection.execute(select(JOBS).where(JOBS.c.id == claim.job)).mappings().one())
             words = "Fine-tuning job started" if job.attempts == 1 else "Going on from what was saved"
-            _tell(connection, claim.job, Note(words, f"attempt:{job.attempts}"))
+            _tell(connection, self._clock(), claim.job, Note(words, f"attempt:{job.attempts}"))
         return job
 
     def renew(self, claim: Claim, held_bytes: int) -> bool:
         """Hold on to it; false when it is no longer this worker's, or no longer to be worked on."""
-        values = {"lease_until": time.time() + claim.lease_s, "held_bytes": held_bytes}
+        values = {"lease_until": self._clock() + claim.lease_s, "held_bytes": held_bytes}
         with self._store.writing() as connection:
             return _move(connection, claim.job, ("running",), values, JOBS.c.lease == claim.token)
 
@@ -227,7 +230,7 @@ class Queue:
             kept = {"lease": claim.token, **values}
             held = _move(connection, claim.job, HELD, kept, JOBS.c.lease == claim.token)
             if held and note is not None:
-                _tell(connection, claim.job, note)
+                _tell(connection, self._clock(), claim.job, note)
             now = select(JOBS.c.status).where(JOBS.c.id == claim.job)
             return held and connection.execute(now).scalar() == "running"
 
@@ -243,21 +246,30 @@ class Queue:
             connection.execute(update(JOBS).where(*mine).values(_FREE))
             waits = {"status": "queued"}
             if _move(connection, claim.job, ("running",), waits, JOBS.c.lease.is_(None)):
-                _tell(connection, claim.job, Note("The worker was stopped; what is trained is saved"))
+                _tell(
+                    connection,
+                    self._clock(),
+                    claim.job,
+                    Note("The worker was stopped; what is trained is saved"),
+                )
 
     def fail(self, claim: Claim, error: Mapping[str, Any]) -> bool:
         with self._store.writing() as connection:
             moved = _move(
-                connection, claim.job, ("running",), _failure(error) | _FREE, JOBS.c.lease == claim.token
+                connection,
+                claim.job,
+                ("running",),
+                _failure(error, self._clock()) | _FREE,
+                JOBS.c.lease == claim.token,
             )
             if moved:
-                _tell(connection, claim.job, _failed(error))
+                _tell(connection, self._clock(), claim.job, _failed(error))
         return moved
 
     def win(self, claim: Claim, won: Won, *notes: Note) -> bool:
         """End the job well: models, checkpoints, bill and last events in one transaction, or none of it."""
         values = {
-            "status": "succeeded", "finished_at": int(time.time()), "estimated_finish": None,
+            "status": "succeeded", "finished_at": int(self._clock()), "estimated_finish": None,
             "release": won.release, "trained_tokens": won.trained_tokens, "result_file": won.result_file,
         }  # fmt: skip
         with self._store.writing() as connection:
@@ -270,7 +282,7 @@ class Queue:
                     insert(JOB_CHECKPOINTS), [row | {"metrics": as_text(row["metrics"])} for row in rows]
                 )
             for note in notes:
-                _tell(connection, claim.job, note)
+                _tell(connection, self._clock(), claim.job, note)
         return True
 
 
@@ -288,7 +300,7 @@ def _move(
     return bool(connection.execute(update(JOBS).where(*which).values(dict(values))).rowcount)
 
 
-def _tell(connection: Connection, job_id: str, note: Note) -> None:
+def _tell(connection: Connection, now: float, job_id: str, note: Note) -> None:
     """One event, numbered by the job's counter; a key that was told before changes nothing."""
     count = update(JOBS).where(JOBS.c.id == job_id).values(events=JOBS.c.events + 1)
     if note.key is not None:
@@ -299,14 +311,14 @@ def _tell(connection: Connection, job_id: str, note: Note) -> None:
     name = hashlib.sha256(f"{job_id}:{number}".encode()).hexdigest()[:24]
     row = {
         "id": f"ftevent-{name}", "job": job_id, "number": number, "key": note.key,
-        "created_at": int(time.time()), "level": note.level, "type": note.type,
+        "created_at": int(now), "level": note.level, "type": note.type,
         "message": clean(note.message), "data": as_text(note.data),
     }  # fmt: skip
     connection.execute(insert(JOB_EVENTS), row)
 
 
-def _unheld(host: str) -> Any:
-    return or_(JOBS.c.lease.is_(None), JOBS.c.lease_until < time.time(), JOBS.c.host == host)
+def _unheld(host: str, now: float) -> Any:
+    return or_(JOBS.c.lease.is_(None), JOBS.c.lease_until < now, JOBS.c.host == host)
 
 
 def _of(tenant: str | None) -> tuple[Any, ...]:
@@ -320,8 +332,8 @@ def _has(held: Any, wanted: Mapping[str, str] | None) -> bool:
     return not held if not wanted else bool(held) and all(held.get(k) == v for k, v in wanted.items())
 
 
-def _failure(error: Mapping[str, Any]) -> dict[str, Any]:
-    ended = {"finished_at": int(time.time()), "estimated_finish": None}
+def _failure(error: Mapping[str, Any], now: float) -> dict[str, Any]:
+    ended = {"finished_at": int(now), "estimated_finish": None}
     return {"status": "failed", "error": as_text(error), **ended}
 
 
