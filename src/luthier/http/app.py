@@ -11,11 +11,11 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from luthier.assemblies import Assemblies
 from luthier.errors import LuthierError
-from luthier.http import problems
+from luthier.http import openapi, problems
 from luthier.http.auth import Guard, fingerprint
 from luthier.http.meter import Meter
 from luthier.http.openai import chat, completions, files, fine_tuning, graders, models, parts
@@ -45,7 +45,7 @@ def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
         """Whether answers can be given; asks for no key and says nothing about models."""
         return JSONResponse({"status": service.state}, 200 if service.worker.alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters and histograms in Prometheus' text format."""
         return Response(meter.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -57,6 +57,7 @@ def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
     app.include_router(models.routes(service.router))
     app.include_router(files.routes(uploads))
     app.include_router(parts.routes(Assemblies(service.store, uploads)))
+    app.openapi = openapi.describe(app)  # type: ignore[method-assign]
     return app
 
 
