@@ -49,6 +49,7 @@ class Play:
     saved: dict[str, int]
     workers: list[Worker]
     ended: dict[str, tuple[str, int]] = field(default_factory=dict)
+    holder: dict[str, str] = field(default_factory=dict)
 
     def act(self) -> None:
         worker, job = self.draw.choice(self.workers), self.draw.choice(self.jobs)
@@ -62,6 +63,7 @@ class Play:
             claim = Claim(job, f"{worker.name}-{worker.turn}", worker.name, LEASE_S)
             if self.queue.claim(claim):
                 worker.claim, worker.step, worker.unsaved = claim, self.saved[job], 0
+                self.holder[job] = claim.token
             return
         if worker.unsaved:  # told first, saved then: what is saved was told
             self.saved[worker.claim.job] = max(self.saved[worker.claim.job], worker.unsaved)
@@ -75,6 +77,7 @@ class Play:
     def train(self, worker: Worker, claim: Claim) -> None:
         worker.step += 1
         mine = self.queue.note(claim, Note(f"step {worker.step}", f"step:{worker.step}"))
+        assert not mine or self.holder[claim.job] == claim.token  # nobody claimed it since
         job = self.queue.get(None, claim.job)
         if mine:
             worker.unsaved = worker.step
@@ -86,7 +89,9 @@ class Play:
 
     def win(self, claim: Claim) -> None:
         model = Tuned(f"ft:{claim.job}", "t", claim.job, "base", claim.job, "r")
-        self.queue.win(claim, Won([model], [], "r", 1, "file"), Note("model", "model"), Note("done", "done"))
+        won = Won([model], [], "r", 1, "file")
+        mine = self.queue.win(claim, won, Note("model", "model"), Note("done", "done"))
+        assert not mine or self.holder[claim.job] == claim.token
 
     def crash(self, worker: Worker, job: str) -> None:
         worker.claim = None
