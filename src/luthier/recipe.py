@@ -105,6 +105,15 @@ class Validation(Section):
     patience: int = Field(default=3, ge=1, description="looks without improvement before stopping early")
 
 
+class Keep(Section):
+    """Adapters to keep on the way, beside the one with the best held-out loss."""
+
+    at: Literal["epochs"] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default="epochs", description="the end of each epoch, or these steps; held-out loss is looked at too"
+    )
+    last: int = Field(default=3, ge=1, description="only the last so many of them")
+
+
 class Phase(Section):
     """One pass of training: what is minimised, which weights move, and how."""
 
@@ -126,11 +135,15 @@ class Phase(Section):
     )
     validation: Validation = Validation()
     checkpoint_every: int = Field(default=10, ge=1, description="optimiser steps between checkpoints")
+    keep: Keep | None = Field(default=None, description="adapters of the way, `checkpoints/step-N/adapter`")
 
     @model_validator(mode="after")
     def _one_length(self) -> Phase:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `steps` and `epochs`")
+        wanted = self.keep.at if self.keep and self.keep.at != "epochs" else ()
+        if self.steps is not None and max(wanted, default=0) > self.steps:
+            raise ValueError(f"`keep.at` names step {max(wanted)}; there are {self.steps}")
         return self
 
 

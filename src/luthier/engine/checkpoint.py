@@ -53,7 +53,7 @@ def save(folder: Path, made: Checkpoint) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        artifacts.write_chunks(partial / TENSORS, _chunks(made.tensors))
+        write_tensors(partial / TENSORS, made.tensors)
         artifacts.write_json(partial / STATE, {**made.state, "step": made.step})
         for journal, lines in made.journals.items():
             artifacts.write_bytes(partial / journal, lines)
@@ -69,6 +69,11 @@ def save(folder: Path, made: Checkpoint) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
         raise
     _prune(folder, made.step)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, whole and on disk or not there."""
+    artifacts.write_chunks(file, _chunks(tensors))
 
 
 def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -106,7 +111,7 @@ def newest(folder: Path, identity: str) -> tuple[Checkpoint | None, tuple[str, .
             state = artifacts.read_json(path / STATE)
             if state.get("identity") != identity:
                 raise StoreError("this checkpoint belongs to another training", where=str(path))
-            found = Checkpoint(state["step"], _tensors(path / TENSORS), state, _journals(path))
+            found = Checkpoint(state["step"], read_tensors(path / TENSORS), state, _journals(path))
         except StoreError as error:
             skipped.append(f"{path.name} skipped: {str(error).splitlines()[0]}")
             continue
@@ -114,7 +119,7 @@ def newest(folder: Path, identity: str) -> tuple[Checkpoint | None, tuple[str, .
     return None, tuple(skipped)
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_tensors(file.read_bytes())
         return tensors

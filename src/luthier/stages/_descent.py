@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +31,12 @@ from luthier.engine import checkpoint, loop, memory, pace, placement
 from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
-from luthier.stages import Event
+from luthier.stages import Event, _kept
 
 CURVE, VALIDATION, LEDGER = "curve.jsonl", "validation.jsonl", "ledger.jsonl"
 TIMINGS, SAVES = "timings.jsonl", "saves.jsonl"  # what the clock says: they go to `observed/`
 JOURNALS = (CURVE, VALIDATION, LEDGER, TIMINGS, SAVES)
+KEPT = "kept"
 BEST = "best:"  # a checkpoint's tensors of this prefix are the best weights so far
 IN_A_ROW = 8  # so many sick steps, one after the other, and it is not the rows
 
@@ -53,6 +55,8 @@ class Work:
     phase: Any
     place: Placement
     folder: Path
+    kept: frozenset[int]
+    looks: tuple[int, ...]
     identity: str
     stopping: Callable[[], bool]
     tell: Callable[[Event], None]
@@ -76,12 +80,13 @@ class Progress:
     late: bool = False
     computed: int = 0
     look_s: float = 0.0
+    kept: list[tuple[int, str]] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     journals: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in JOURNALS})
 
     def state(self) -> dict[str, Any]:
-        names = ("looked", "best", "best_loss", "misses", "skipped", "in_a_row", "seconds", "peak_rss_bytes")
-        return {name: getattr(self, name) for name in names}
+        names = ("looked", "best", "best_loss", "misses", "skipped", "in_a_row", "seconds", "kept")
+        return {name: getattr(self, name) for name in (*names, "peak_rss_bytes")}
 
     def note(self, journal: str, record: Mapping[str, Any]) -> None:
         self.journals[journal] += artifacts.canonical(record) + b"\n"
@@ -103,6 +108,8 @@ def descend(work: Work, progress: Progress, saver: Saver) -> None:
         progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory.peak_rss_bytes())
         _note_save(progress, saver, wait=False)
         looked = _look(work, progress)
+        if looked:
+            _keep(work, progress)
         ended = looked and (progress.step == work.settings.steps or _given_up(work, progress))
         asked = not ended and work.stopping()
         if asked or ended or progress.late or progress.step % work.phase.checkpoint_every == 0:
@@ -195,7 +202,7 @@ def _note_save(progress: Progress, saver: Saver, wait: bool) -> None:
 def _look(work: Work, progress: Progress) -> bool:
     """Held-out loss, where it is due and not yet known; false if someone asked to stop meanwhile."""
     step = progress.step
-    due = step % work.phase.validation.every == 0 or step == work.settings.steps
+    due = step in work.looks
     if not work.held_out or not due or progress.looked >= step:
         return True
     began = time.monotonic()
@@ -223,6 +230,23 @@ def _seen(work: Work) -> dict[str, float]:
     """What the loss says of held-out rows."""
     seen = loop.look(work.model, work.held_out, work.objective, work.settings)
     return {"loss": seen.loss, "accuracy": seen.accuracy, **seen.means(work.settings.metrics)}
+
+
+def _keep(work: Work, progress: Progress) -> None:
+    """Bring the weights of a step that is to be kept to disk, before a checkpoint can speak of them."""
+    step = progress.step
+    if step not in work.kept or step in (known for known, _ in progress.kept):
+        return
+    moving = loop.trained(work.model).items()
+    whole = {f"weight:{name}": placement.whole(weight.detach()).cpu() for name, weight in moving}
+    progress.kept.append((step, _kept.write(work.folder / KEPT, step, whole) if work.place.leads else ""))
+    while len(progress.kept) > work.phase.keep.last:
+        dropped, _ = progress.kept.pop(0)
+        if work.place.leads:
+            _kept.drop(work.folder / KEPT, dropped)
+    work.tell(
+        Event("train", f"kept the adapter of step {step}", step, work.settings.steps, {"kept_step": step})
+    )
 
 
 def _given_up(work: Work, progress: Progress) -> bool:
@@ -255,8 +279,7 @@ def _left_s(work: Work, progress: Progress) -> float:
     rows, timings = (progress.last(name, pace.WINDOW + 1) for name in (CURVE, TIMINGS))
     seconds = {row["step"]: row["seconds"] for row in timings}
     timed = [(row["computed_tokens"], seconds[row["step"]]) for row in rows if row["step"] in seconds]
-    every, steps = work.phase.validation.every, work.settings.steps
-    looks = math.ceil(steps / every) - progress.step // every if work.held_out else 0
+    looks = len(work.looks) - bisect_right(work.looks, progress.step) if work.held_out else 0
     return pace.left_s(timed, max(0, work.tokens - progress.computed)) + looks * progress.look_s
 
 

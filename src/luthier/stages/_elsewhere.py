@@ -6,13 +6,13 @@ Sources: the device's data sheet (`luthier.devices`), `engine.footprint` for mem
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.devices import DEVICES, Device
 from luthier.engine import batch, fit, flops, layout, pace
 from luthier.engine.footprint import Checkpointing, How
+from luthier.stages import _kept
 
 DEVICE_TOKENS = 8192  # of a micro-batch; more does not train faster
 CONTEXT_BYTES = 700_000_000  # what an accelerator's driver and libraries take of its memory
@@ -82,4 +82,4 @@ def roomy(work: Work) -> list[str]:
 
 def looks(work: Work, phase: Any) -> int:
     """How often held-out loss is looked at."""
-    return (1 + math.ceil(work.steps / phase.validation.every)) if work.need.validation else 0
+    return len(_kept.looks(phase, len(work.loader.ids), work.steps)) if work.need.validation else 0

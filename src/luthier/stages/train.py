@@ -28,8 +28,19 @@ from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
 from luthier.objectives import Batch
 from luthier.rows import again
-from luthier.stages import Event, Inputs, _rollouts
-from luthier.stages._descent import CURVE, JOURNALS, SAVES, TIMINGS, Progress, Work, descend, resume
+from luthier.stages import Event, Inputs, _kept, _rollouts
+from luthier.stages._descent import (
+    CURVE,
+    JOURNALS,
+    KEPT,
+    SAVES,
+    TIMINGS,
+    VALIDATION,
+    Progress,
+    Work,
+    descend,
+    resume,
+)  # fmt: skip
 from luthier.template import Encoded
 
 EDGE = 5  # `loss_first` and `loss_last` are means over this many steps
@@ -123,6 +134,8 @@ def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
         phase=phase,
         place=place,
         folder=inputs.scratch / "checkpoints",
+        kept=_kept.due(phase, len(ids), plan["steps"]),
+        looks=_kept.looks(phase, len(ids), plan["steps"]),
         identity=artifacts.digest_of(
             {
                 "inputs": {name: inputs.digests[name] for name in ("data", "model")},
@@ -160,7 +173,9 @@ def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path)
     """Write the artefact: adapter, records and facts."""
     about = artifacts.read_json(inputs.artefacts["model"] / "base.json")
     method = work.phase.method.module
-    method.save(work.model, out / "adapter", f"luthier-base:{about['digest'][:12]}")
+    base_name = f"luthier-base:{about['digest'][:12]}"
+    method.save(work.model, out / "adapter", base_name)
+    _save_kept(work, progress, out, base_name)
     (out / "observed").mkdir(exist_ok=True)
     for name in JOURNALS:
         place = out / "observed" / name if name in (TIMINGS, SAVES) else out / name
@@ -179,6 +194,7 @@ def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path)
         "computed_tokens": sum(row["computed_tokens"] for row in curve),
         "loss_tokens": sum(row["loss_tokens"] for row in curve),
         **method.report(work.model),
+        "checkpoints": _checkpoints(progress),
     }
     phase = work.phase.model_dump(mode="json")
     asked = {"seed": inputs.seed, "phase": phase, "base": about["digest"]}
@@ -197,6 +213,27 @@ def _leave(work: Work, progress: Progress, plan: Any, inputs: Inputs, out: Path)
     machine |= {name: plan[name] for name in ("threads", "processes", "placement")}
     artifacts.write_json(out / "observed" / "host.json", machine | observed)
     return outcome | observed
+
+
+def _save_kept(work: Work, progress: Progress, out: Path, base_name: str) -> None:
+    """The adapters of the way, each as plain files of its own. The model's weights are theirs afterwards."""
+    for step, digest in progress.kept:
+        loop.put_weights(work.model, _kept.read(work.folder / KEPT, step, digest))
+        work.phase.method.module.save(work.model, out / "checkpoints" / f"step-{step}" / "adapter", base_name)
+
+
+def _checkpoints(progress: Progress) -> list[dict[str, Any]]:
+    """Of each kept step, what training and held-out rows said of it."""
+    curve = {row["step"]: row for row in progress.noted(CURVE)}
+    looks = {row["step"]: row for row in progress.noted(VALIDATION)}
+    return [
+        {
+            "step": step,
+            **{name: curve.get(step, {}).get(name) for name in ("loss", "accuracy")},
+            **{f"validation_{name}": looks.get(step, {}).get(name) for name in ("loss", "accuracy")},
+        }
+        for step, _ in progress.kept
+    ]
 
 
 def _mean(values: Sequence[float]) -> float | None:
