@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -40,8 +42,11 @@ class Pair:
     scale: float
 
 
-def read(folder: Path) -> dict[str, Pair]:
-    """The pair of every layer that the adapter changes, by the layer's name in the base."""
+def read(folder: Path, layers: Iterable[str]) -> dict[str, Pair]:
+    """The pair of every layer that the adapter changes, by the layer's name in the base.
+
+    Of the base's `layers`, those that its configuration names must all be there.
+    """
     config, names = inspect(folder)
     if config["peft_type"] != "LORA" or any(config.get(variant) for variant in VARIANTS):
         raise ModelError(
@@ -67,7 +72,19 @@ def read(folder: Path) -> dict[str, Pair]:
         ):
             raise ModelError(f"{module}: A and B do not belong together", where=str(folder / WEIGHTS))
         found[module] = Pair(pair["A"], pair["B"], _scale(config, module, len(pair["A"])))
+    missing = sorted(set(_targets(folder, layers)) - set(found))
+    if missing:
+        raise ModelError(f"{len(missing)} layer(s) are missing: {missing[0]}", where=str(folder / WEIGHTS))
     return found
+
+
+def _targets(folder: Path, layers: Iterable[str]) -> list[str]:
+    """The layers that PEFT would lay this adapter over."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        return [name for name in layers if check_target_module_exists(config, name)]
+    except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
+        raise ModelError(f"PEFT cannot read its settings: {error}", where=str(folder / CONFIG)) from error
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

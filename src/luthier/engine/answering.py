@@ -129,6 +129,11 @@ class Answering:
         found: torch.dtype = self._model.dtype
         return found
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the linear layers that an adapter may change."""
+        return tuple(self._by_name)
+
     def put(self, slot: int, pairs: Mapping[str, Pair] | None) -> None:
         """Lay an adapter into a slot (from 1), or nothing; all of it or none."""
         unknown = sorted(set(pairs or ()) - set(self._by_name))

@@ -13,8 +13,10 @@ It does not know text, templates, queues of tenants or clocks. One thread owns a
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,16 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from luthier.engine import adapters, pages
-from luthier.engine.answering import Answering, Laid
-from luthier.engine.decode import Reach, Segment, largest
-from luthier.engine.growing import ROOM, Ended, Growing, Grown, Read, Room
+from luthier.engine.answering import Answering
+from luthier.engine.decode import largest
+from luthier.engine.growing import ROOM, AnswerFailed, Ended, Growing, Grown, Read, Room
 from luthier.engine.pages import BLOCK, Pool
 from luthier.engine.sampling import Chooser, Chosen, Sampling, likeliest
+from luthier.engine.schedule import lay, readers
 from luthier.errors import LuthierError, ModelError
 
 Progress = Callable[[int, int], None]
+log = logging.getLogger("luthier.engine")
 
 
 class Decoder:
@@ -89,7 +93,7 @@ class Decoder:
             raise ModelError(f"{self.room.adapters} adapters are loaded already", hint="drop one first")
         slot = self._free_slots[-1]
         try:
-            self._answering.put(slot, adapters.read(folder))
+            self._answering.put(slot, adapters.read(folder, self._answering.layers))
         except ModelError as error:
             raise ModelError(
                 f"the adapter does not fit this base: {error.what}", where=error.where or str(folder),
@@ -148,17 +152,38 @@ class Decoder:
         if not some:
             return lost
         some.sort(key=lambda one: self._slot(one[0]))  # those under one adapter beside each other
-        ids_T, laid = self._lay(some)
-        hidden_T_E = self._answering.hidden(ids_T, laid)
-        found, at, ready = lost, 0, []
+        try:
+            return lost + self._compute(some)
+        except Exception:
+            log.exception("a step of %d sequences failed; each is tried alone", len(some))
+        found = lost
         for row, count in some:
-            self._hear(row, hidden_T_E[at : at + count])
-            at += count
+            try:
+                found += self._compute([(row, count)])
+            except Exception as error:
+                log.exception("this one fails alone too")
+                found.append(self._fail(row, error))
+        return found
+
+    def _compute(self, some: Sequence[tuple[Growing, int]]) -> list[Grown]:
+        """Whole, or not at all: what may fail for all comes before anything changes."""
+        ids_T, laid = lay([(row, count, self._slot(row)) for row, count in some])
+        hidden_T_E = self._answering.hidden(ids_T, laid)
+        ends = list(accumulate(count for _, count in some))
+        asking = [
+            (row, end - 1)
+            for (row, count), end in zip(some, ends, strict=True)
+            if row.left == count and row.chooser.sampling.max_new_tokens > 0
+        ]
+        logits_B_V = self._answering.logits(hidden_T_E[[at for _, at in asking]]) if asking else None
+        found: list[Grown] = []
+        for (row, count), end in zip(some, ends, strict=True):
+            self._hear(row, hidden_T_E[end - count : end])
             row.read += count
             self._name(row)
-            if not row.left:
-                ready.append((row, at - 1))
-        return found + self._choose(ready, hidden_T_E)
+            if not row.left and row.chooser.sampling.max_new_tokens == 0:
+                found.append(self._grown(row, None))
+        return found if logits_B_V is None else found + self._choose([row for row, _ in asking], logits_B_V)
 
     def answers(
         self,
@@ -250,17 +275,17 @@ class Decoder:
         some = [(row, 1) for row in tuple(self._running) if row.left == 1 and self._hold(row, 1)]
         budget = max(self.room.chunk - len(some), BLOCK)
         claimed: set[bytes] = set()
-        for row in tuple(self._running):
-            if row.left == 1 or budget <= 0 or row not in self._running:
+        for row, kept in readers(self._running, budget):
+            if budget <= 0 or row not in self._running:
                 continue
             self._match(row)
-            count = min(row.left, budget)
-            if count >= BLOCK and not row.read % BLOCK and not row.score:
+            count = min(row.left, max(budget - kept, 0))
+            if count and count >= BLOCK and not row.read % BLOCK and not row.score:
                 key = self._key(row, row.read // BLOCK)
                 if key in claimed:  # another computes this very block now; it is found in the next step
                     continue
                 claimed.add(key)
-            if self._hold(row, count):
+            if count and self._hold(row, count):
                 some.append((row, count))
                 budget -= count
         return [(row, count) for row, count in some if row in self._running]
@@ -293,33 +318,6 @@ class Decoder:
     def _slot(self, row: Growing) -> int:
         return self._slots.get(row.adapter, 0) if row.adapter else 0
 
-    def _lay(self, some: Sequence[tuple[Growing, int]]) -> tuple[Tensor, Laid]:
-        """Tokens end to end, and where each lies, under what, and what it sees."""
-        ids: list[int] = []
-        positions: list[int] = []
-        places: list[int] = []
-        segments: list[Segment] = []
-        for row, count in some:
-            slot, start = self._slot(row), len(ids)
-            span = range(row.read, row.read + count)
-            ids += row.ids[row.read : row.read + count]
-            positions += span
-            places += [row.blocks[place // BLOCK] * BLOCK + place % BLOCK for place in span]
-            if segments and segments[-1].slot == slot:
-                start = segments.pop().start
-            segments.append(Segment(slot, start, len(ids)))
-        width = max(len(row.blocks) for row, _ in some)
-        table = [row.blocks + [0] * (width - len(row.blocks)) for row, _ in some]
-        counts = torch.tensor([count for _, count in some])
-        positions_T = torch.tensor(positions)
-        reach = Reach(
-            table_S_N=torch.tensor(table, dtype=torch.int32),
-            lines_T=torch.repeat_interleave(torch.arange(len(some)), counts), lengths_T=positions_T + 1,
-        )  # fmt: skip
-        runs = torch.tensor([segment.stop - segment.start for segment in segments])
-        slots_T = torch.repeat_interleave(torch.tensor([segment.slot for segment in segments]), runs)
-        return torch.tensor(ids), Laid(positions_T, torch.tensor(places), slots_T, tuple(segments), reach)
-
     # ---- what a step brought ---------------------------------------------------------------------------
 
     def _hear(self, row: Growing, hidden_T_E: Tensor) -> None:
@@ -346,28 +344,32 @@ class Decoder:
                 self.pool.name(row.blocks[number], self._key(row, number))
         row.named = row.read // BLOCK
 
-    def _choose(self, ready: Sequence[tuple[Growing, int]], hidden_T_E: Tensor) -> list[Grown]:
-        silent = [row for row, _ in ready if row.chooser.sampling.max_new_tokens == 0]
-        found = [self._grown(row, None) for row in silent]
-        asking = [(row, at) for row, at in ready if row.chooser.sampling.max_new_tokens > 0]
-        if not asking:
-            return found
-        logits_B_V = self._answering.logits(hidden_T_E[[at for _, at in asking]])
-        plain = [n for n, (row, _) in enumerate(asking) if row.chooser.plain]
+    def _choose(self, rows: Sequence[Growing], logits_B_V: Tensor) -> list[Grown]:
+        """A token for each; who cannot have one ends alone."""
+        found: list[Grown] = []
+        sound = logits_B_V.amax(-1).isfinite().tolist()
+        plain = [n for n, row in enumerate(rows) if sound[n] and row.chooser.plain]
         if plain:
-            rows = logits_B_V if len(plain) == len(asking) else logits_B_V[plain]
+            some_B_V = logits_B_V if len(plain) == len(rows) else logits_B_V[plain]
             found += [
-                self._grown(asking[n][0], Chosen(token))
-                for n, token in zip(plain, largest(rows), strict=True)
+                self._grown(rows[n], Chosen(token)) for n, token in zip(plain, largest(some_B_V), strict=True)
             ]
-        for n in sorted(set(range(len(asking))) - set(plain)):
-            row = asking[n][0]
+        for n in sorted(set(range(len(rows))) - set(plain)):
+            if not sound[n]:
+                found.append(self._fail(rows[n], AnswerFailed("the weights give what is no number")))
+                continue
             try:
-                found.append(self._grown(row, row.chooser.choose(logits_B_V[n])))
-            except LuthierError as error:  # a grammar that ran out of bounds ends its own answer only
-                self.cancel(row)
-                found.append(Grown(row, error=error))
+                found.append(self._grown(rows[n], rows[n].chooser.choose(logits_B_V[n])))
+            except Exception as error:  # a grammar that ran out of bounds ends its own answer only
+                log.info("a token could not be chosen", exc_info=error)
+                found.append(self._fail(rows[n], error))
         return found
+
+    def _fail(self, row: Growing, error: Exception) -> Grown:
+        self.cancel(row)
+        if not isinstance(error, LuthierError):
+            error = AnswerFailed(f"the engine failed ({type(error).__name__})")
+        return Grown(row, error=error)
 
     def _grown(self, row: Growing, chosen: Chosen | None) -> Grown:
         first = len(row.ids) == row.prompt

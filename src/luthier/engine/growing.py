@@ -11,9 +11,15 @@ from enum import StrEnum
 from torch import Tensor
 
 from luthier.engine.sampling import Chooser, Chosen
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, ModelError
 
 Tops = tuple[tuple[tuple[int, float], ...], ...]
+
+
+class AnswerFailed(ModelError):
+    """This answer cannot go on; the log has the details."""
+
+    http_code = 500
 
 
 class Ended(StrEnum):
