@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from luthier import admit, artifacts, bases
+from luthier import admit, artifacts, bases, owners
 from luthier.errors import ModelError, NotFound
 from luthier.home import Home
 from luthier.pipeline import Place
@@ -106,3 +106,19 @@ def test_bases_are_added_and_listed_on_the_command_line(tmp_path: Path) -> None:
     assert made["name"] == "mine" and made["dtype"] == "float32" and made["licence"] == "LicenseRef-own"
     assert json.loads(done[1].stdout) == [made]
     assert "cannot be a base's name" in json.loads(done[2].stdout.splitlines()[-1])["error"]["what"]
+
+
+def test_a_name_is_shared_on_the_command_line_and_taken_back(tmp_path: Path) -> None:
+    here = place(tmp_path)
+    here.store.add_release(ReleaseRecord("d" * 64, "guard", None, True, {}))
+    luthier = [sys.executable, "-m", "luthier.cli", "share"]
+    for words, code, shared in (
+        (["guard"], 0, {"guard"}),
+        (["guard", "--off"], 0, set()),
+        (["gard"], 9, set()),
+    ):
+        done = subprocess.run(
+            [*luthier, *words, "--home", str(here.home.path)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+        assert owners.shared(here.store) == shared

@@ -34,6 +34,7 @@ app = typer.Typer(
     epilog="Start with: luthier run examples/guard.yaml",
 )
 app.add_typer(cli_bases.app, name="bases")
+app.command()(cli_bases.share)
 app.add_typer(cli_jobs.app, name="jobs")
 app.command()(cli_jobs.work)
 app.command("import-openai")(cli_jobs.import_openai)

@@ -1,6 +1,6 @@
-"""`luthier bases`: the models that this server may tune and answers with as they are.
+"""`luthier bases` and `luthier share`: the models of a server by name, and who may ask for them.
 
-A thin door onto `admit` and `bases`; it does not know how a base is sealed.
+A thin door onto `admit`, `bases` and `owners`; it does not know how a base is sealed.
 """
 
 from __future__ import annotations
@@ -49,6 +49,26 @@ def listed(home: Home = None, as_json: AsJson = False) -> None:
             print(json.dumps(found), flush=True)
         else:
             tables.bases(results, found)
+
+
+def share(
+    name: Annotated[str, typer.Argument(help="a release's name", show_default=False)],
+    off: Annotated[bool, typer.Option("--off", help="only its owner again")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let every tenant of this server ask for the releases of a name."""
+    with door(as_json):
+        from luthier import owners
+        from luthier.home import Home as Place
+        from luthier.store import Store
+
+        owners.share(Store.open(Place.at(home).database), name, actor="local", on=not off)
+        if as_json:
+            print(json.dumps({"name": name, "shared": not off}), flush=True)
+        else:
+            who = "its owner's alone" if off else "shared with every tenant"
+            results.print(f"{name} is {who}")
 
 
 def admitted(name: str | None, given: Path | None, licence: str, home: Path | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ removes the bytes and keeps the row. It does not know HTTP, nor what stands in t
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import threading
@@ -228,7 +229,7 @@ class Uploads:
     def open(self, upload: Upload) -> BinaryIO:
         """The bytes, readable to their end even if the file is deleted meanwhile."""
         try:
-            return open(self.path(upload), "rb")
+            return os.fdopen(os.open(self.path(upload), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
         except FileNotFoundError:
             raise _unknown(upload.id) from None
         except OSError as error:

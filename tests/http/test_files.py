@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,27 +167,94 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing(server: Client, here:
     assert stored(here) == before
 
 
-IDS = [
-    "..", "../../luthier.db", "%2e%2e%2fluthier.db", "..%2f..%2fetc%2fpasswd", "..%252f..", "%00", "file-",
-    "file-%00", "file-" + "0" * 24 + "%2f..", "/etc/passwd", "%5c%5cserver%5cshare", "file:///etc/passwd",
-    "C:%5cwindows", ".incoming-" + "0" * 24, "\uff0e\uff0e\uff0f", "%c0%ae%c0%ae/", "file-" + "0" * 24,
-    "~root", "file-" + "A" * 24, "*",
+STEPS = (
+    "../",
+    "..%2f",
+    "..%2F",
+    "%2e%2e%2f",
+    "..%252f",
+    "..\\",
+    "..%5c",
+    "..%c0%af",
+    "\uff0e\uff0e\uff0f",
+    ".../",
+)
+TARGETS = ("luthier.db", "etc/passwd", "uploads/secret", "artifacts", "%00", "secret%00.jsonl", "~", "*")
+TRAVERSALS = [
+    before + step * n + target
+    for before in ("", "file-")
+    for step in STEPS
+    for n in (1, 5)
+    for target in TARGETS
+]
+TRAVERSALS += [
+    "%00",
+    ".",
+    "..",
+    "/etc/passwd",
+    "%2fetc%2fpasswd",
+    "%5c%5cserver%5cshare",
+    "C:%5cwindows",
+    "file:///etc/passwd",
+]
+TRAVERSALS += [
+    "secret",
+    ".incoming-" + "0" * 24,
+    "file-" + "0" * 24 + "%2f..",
+    "file-" + "A" * 24,
+    "part_" + "0" * 24,
+]
+ROUTES = [
+    ("GET", "/v1/files/{}"), ("GET", "/v1/files/{}/content"), ("DELETE", "/v1/files/{}"),
+    ("GET", "/v1/files?after={}"), ("POST", "/v1/uploads/{}/cancel"), ("GET", "/v1/models/{}"),
+    ("GET", "/v1/fine_tuning/jobs/{}"), ("GET", "/v1/fine_tuning/jobs/{}/checkpoints"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("file_id", IDS)
-def test_no_id_reaches_the_file_system_unchecked(server: Client, here: World, file_id: str) -> None:
-    (here.home.path / "uploads" / "secret").write_text("secret")
+def test_no_id_reaches_the_file_system_unchecked(server: Client, here: World) -> None:
+    """Every spelling through every route: the server, which runs in this process, opens no file for any."""
+    secret = here.home.path / "uploads" / "secret"
+    secret.write_text("secret")
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, given: tuple[Any, ...]) -> None:
+        if watching and event in ("open", "os.remove", "os.rename", "os.listdir", "os.scandir"):
+            opened.extend(str(one) for one in given[:1] if not isinstance(one, int))  # not a descriptor
+
+    sys.addaudithook(watch)  # it stays for the life of this process, and does nothing after this test
+    assert len(TRAVERSALS) >= 300
+    made = Uploads(here.store, here.home).put("local", Label("x", "batch"), io.BytesIO(DATA))
     with server.open() as http:
-        for method, path in (
-            ("GET", f"/v1/files/{file_id}"), ("GET", f"/v1/files/{file_id}/content"),
-            ("DELETE", f"/v1/files/{file_id}"), ("GET", f"/v1/files?after={file_id}"),
-        ):  # fmt: skip
-            response = http.request(method, path)
-            assert response.status_code in (200, 404, 405), (method, path, response.text)
-            if response.status_code == 200:  # the path was made shorter on its way: a list, and an empty one
-                assert response.json().get("data") == []
-    (here.home.path / "uploads" / "secret").unlink()
+        opened.clear()
+        assert http.get(f"/v1/files/{made.id}/content").content == DATA
+        assert opened == [str(here.home.path / "uploads" / made.id)]  # the watch sees what is read
+        http.delete(f"/v1/files/{made.id}")
+        opened.clear()
+        for number, spelt in enumerate(TRAVERSALS):
+            routes = ROUTES if number % 16 == 0 else [ROUTES[number % len(ROUTES)]]
+            for method, path in routes:
+                response = http.request(method, path.format(spelt))
+                assert response.status_code in (200, 400, 404, 405), (method, path, spelt, response.text)
+                if response.status_code == 200:  # the client itself made the path shorter: an empty list
+                    assert response.json().get("data") in ([], None) or "models" in path
+    watching = False
+    touched = [path for path in opened if not path.endswith((".py", ".pyc"))]
+    assert not touched, touched[:5]
+    assert secret.read_text() == "secret"
+    secret.unlink()
+
+
+def test_bytes_that_were_replaced_by_a_link_are_not_followed(server: Client, here: World) -> None:
+    files = Uploads(here.store, here.home)
+    made = files.put("local", Label("x", "batch"), io.BytesIO(DATA))
+    files.path(made).unlink()
+    files.path(made).symlink_to("/etc/passwd")
+    with server.open() as http:
+        response = http.get(f"/v1/files/{made.id}/content")
+        assert response.status_code == 503 and "root" not in response.text
+    files.delete("local", made.id)
+    assert Path("/etc/passwd").exists() and not files.path(made).is_symlink()
 
 
 def test_names_of_uploaded_files_never_become_paths(client: openai.OpenAI, here: World) -> None:

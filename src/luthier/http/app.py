@@ -23,6 +23,8 @@ from luthier.serving.service import Service
 from luthier.store import RequestRecord
 from luthier.uploads import Uploads
 
+BELOW_V1 = {"chat", "completions", "files", "fine_tuning", "models", "uploads"}
+
 
 def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
     """The ASGI app over a started service; every route but /health asks for `key`."""
@@ -67,7 +69,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     code = error.status_code if isinstance(error, HTTPException) else 404
-    what = "this path does not take this method" if code == 405 else f"no such path: {request.url.path[:100]}"
+    path = request.url.path
+    what = "this path does not take this method" if code == 405 else f"no such path: {path[:100]}"
+    if code == 404 and path.split("/")[1] in BELOW_V1:  # a client whose base_url is the bare url
+        what += "; the client's base_url ends with /v1"
     return problems.refusal(code, what, None)
 
 
