@@ -64,11 +64,29 @@ def test_the_official_client_trains_and_follows_to_a_model(here: World) -> None:
         assert paged == [event["id"] for event in reversed(told)]
         metrics = [event for event in told if event["type"] == "metrics" and "train_loss" in event["data"]]
         assert [event["data"]["step"] for event in metrics] == [1, 2, 3, 4]
+        kept = list(jobs.checkpoints.list(job.id))
+        assert [one.step_number for one in kept] == [4, 2]
+        assert kept[0].metrics.train_loss == metrics[-1]["data"]["train_loss"]
+        assert kept[0].metrics.valid_loss is not None
+        answers = {model: said(client, model) for model in (done.fine_tuned_model, *names(kept))}
+        assert all(answers.values())
         table = client.files.content(done.result_files[0]).text
         assert table.splitlines()[0] == (
             "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
         )
         client.close()
+
+
+def names(kept: list[Any]) -> list[str]:
+    return [one.fine_tuned_model_checkpoint for one in kept]
+
+
+def said(client: openai.OpenAI, model: str) -> str:
+    """An answer of the model's, as it comes."""
+    stream = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "number 3"}], max_tokens=8, stream=True
+    )
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
 
 
 def live(server: Client, job_id: str, **query: str) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ from luthier.uploads import Label, Uploads
 
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 PURPOSE = "fine-tune-results"
-KEPT = 3  # checkpoints of a job
 STEP = re.compile(r"step-(\d+)")
 
 
@@ -66,7 +65,7 @@ def _journal(path: Path) -> list[Any]:
 def _kept(folder: Path) -> list[int]:
     """Steps whose adapter the training kept, the last ones."""
     found = [STEP.fullmatch(path.name) for path in (folder / "checkpoints").glob("step-*")]
-    return sorted(int(match[1]) for match in found if match)[-KEPT:]
+    return sorted(int(match[1]) for match in found if match)
 
 
 def _metrics(step: int, steps: Mapping[int, Any], looks: Mapping[int, Any]) -> dict[str, Any]:

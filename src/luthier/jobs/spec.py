@@ -41,6 +41,7 @@ LOOKS = 20  # at held-out rows, in all of a training
 NEVER = 1_000_000  # a patience that no training outlasts: what was paid for is trained
 MAX_LENGTH = 4096
 EXAMINED = 32  # rows
+KEPT = 3  # checkpoints of a job, as OpenAI has it
 LOSS_TOLERANCE = 0.02
 LIMITS = (
     "Trained by a fine-tuning job on rows that its owner uploaded. Nobody at this server has read them or "
@@ -146,6 +147,7 @@ def recipe(job: Job, terms: Terms, files: dict[str, str]) -> Recipe:
                     "batch": values["batch_size"],
                     "lr": min(1.0, RATES[kind] * values["learning_rate_multiplier"]),
                     "validation": {"every": values.get("eval_interval", every), "patience": NEVER},
+                    "keep": {"at": "epochs", "last": KEPT},
                 }
             ],
             "evaluate": {
