@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export LUTHIER_DEMO_BEGAN := $(shell date +%s)
 
-.PHONY: help setup demo demo-openai check test quick test-long test-postgres bench bench-quick bench-peers clean
+.PHONY: help setup demo demo-openai check test quick test-long test-postgres test-clients test-lm-eval bench bench-quick bench-peers clean
 help:            ## list these commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 18
 
@@ -44,6 +44,27 @@ test-long: $(STAMP) ## what takes too long for every day: 200 kills of one train
 
 test-postgres: $(STAMP) ## the store's tests on a real PostgreSQL 15, started on loopback
 	$(BIN)/python -m tests.postgres -- $(BIN)/python -m pytest tests/test_store.py tests/faults/test_store_faults.py tests/jobs/test_queue.py
+
+CLIENTS := tests/clients/.venv
+THROUGH := $(BIN)/python examples/served.py -c 'import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))'
+test-clients: $(STAMP) $(CLIENTS)/.ready ## LiteLLM and LangChain chat with SmolLM2, in an environment of their own
+	LITELLM_LOCAL_MODEL_COST_MAP=True $(THROUGH) $(CLIENTS)/bin/python tests/clients/chat.py
+
+$(CLIENTS)/.ready: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -r $<
+	touch $@
+
+LM_EVAL := bench/peers/.venvs/lm-eval
+BASE ?= $(firstword $(wildcard $(HOME)/.luthier/artifacts/*/base))
+test-lm-eval: $(STAMP) $(LM_EVAL)/.ready ## lm-evaluation-harness scores BASE over HTTP as it does in process
+	HF_DATASETS_OFFLINE=1 HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python bench/lm_eval_parity.py $(BASE) $(BIN)/luthier bench/results/lm-eval.json
+
+$(LM_EVAL)/.ready: bench/lm_eval/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $$(grep '^torch==' $<)
+	$(@D)/bin/pip install --quiet -r $<
+	touch $@
 
 NAME ?= $(shell date +%F)
 RESULTS := bench/results

@@ -18,7 +18,7 @@ from luthier.errors import LuthierError
 from luthier.http import openapi, problems
 from luthier.http.auth import Guard, fingerprint
 from luthier.http.meter import Meter
-from luthier.http.openai import chat, completions, files, fine_tuning, graders, models, parts
+from luthier.http.openai import chat, completions, embeddings, files, fine_tuning, graders, models, parts
 from luthier.serving.service import Service
 from luthier.store import RequestRecord
 from luthier.uploads import Uploads
@@ -54,6 +54,7 @@ def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
 
     app.include_router(chat.routes(service, note))
     app.include_router(completions.routes(service, note))
+    app.include_router(embeddings.routes(service, note))
     app.include_router(graders.routes(service))
     app.include_router(fine_tuning.routes(service.store, uploads.home, uploads))
     app.include_router(models.routes(service.router))

@@ -51,6 +51,7 @@ class Options:
     grammar: Grammar | None = None
     tools: Tools = ()
     score_prompt: bool = False
+    embed: bool = False
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         return Sampling(
@@ -226,7 +227,14 @@ class Service:
             voice.ready_to_spell()
         sampling = options.sampling(min(wanted, voice.context - len(ids)))
         return Ask(
-            target, ids, sampling, voice.stop_ids, options.stops, options.grammar, options.score_prompt
+            target=target,
+            prompt_ids=ids,
+            sampling=sampling,
+            stop_ids=voice.stop_ids,
+            stops=options.stops,
+            grammar=options.grammar,
+            score_prompt=options.score_prompt,
+            embed=options.embed,
         )
 
     def submit(self, ask: Ask, sink: Sink, turn: Turn | None = None) -> Callable[[], None]:
