@@ -13,10 +13,10 @@ from pathlib import Path
 import openai
 import pytest
 
+from luthier import plugins
 from tests.e2e.world import LUTHIER, environment
 from tests.tiny import make_tiny_base
 
-METHODS = "supervised"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "openai_client.py"
 
 
@@ -51,7 +51,7 @@ def test_serve_says_in_one_line_where_with_what_key_and_which_base(ready: dict[s
 @pytest.mark.timeout(600)
 def test_the_official_client_tunes_follows_chats_cancels_and_deletes(ready: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--epochs", "2", "--minutes", "4", "--methods", METHODS],
+        [sys.executable, str(EXAMPLE), "--epochs", "2", "--minutes", "4"],
         env={
             **os.environ, "OPENAI_BASE_URL": ready["url"] + "/v1", "OPENAI_API_KEY": ready["key"],
         },
@@ -61,7 +61,8 @@ def test_the_official_client_tunes_follows_chats_cancels_and_deletes(ready: dict
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["base"] == "tiny" and told["cancelled"] == "cancelled" and told["gone"]
     assert told["refused"].startswith("line 1: ") and "\nline 2: not JSON" in told["refused"]
-    assert list(told["models"]) == METHODS.split(",")
+    trained = ["supervised", "dpo"] if "dpo" in plugins.names("objectives") else ["supervised"]
+    assert list(told["models"]) == trained
     for method, model in told["models"].items():
         kind, base, _, suffix, _ = model["name"].split(":")
         assert (kind, base, suffix) == ("ft", "tiny", method)
