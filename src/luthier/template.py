@@ -23,6 +23,7 @@ from threading import Lock
 from typing import Any
 
 from luthier.errors import ModelError
+from luthier.rendering import RENDERER, plain
 from luthier.rows import Chat, Message, Role, Row, Tools, dicts
 from luthier.tool_calls import Convention, convention, turns
 
@@ -236,14 +237,25 @@ def _render(
     if control and _spells(control, [said, offered]):
         said, offered = _hide([said, offered], control, hidden)
     try:
-        text = tokenizer.apply_chat_template(
-            said, tools=offered, tokenize=False, add_generation_prompt=opened
-        )
+        text = _filled(tokenizer, said, offered, opened)
     except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ModelError(
             f"the chat template refuses this conversation: {_first_line(error)}", where=where
         ) from error
+    except ModelError as error:  # from the child that renders
+        raise type(error)(error.what, where=where) from error
     return _Rendered(text, tuple(hidden.items()))
+
+
+def _filled(tokenizer: Any, said: list[Any], offered: list[Any] | None, opened: bool) -> str:
+    """The template's text, from a child process where it could run away."""
+    chosen = tokenizer.get_chat_template(None, offered)
+    if plain(chosen):
+        return str(
+            tokenizer.apply_chat_template(said, tools=offered, tokenize=False, add_generation_prompt=opened)
+        )
+    values = {"conversations": [said], "tools": offered, "add_generation_prompt": opened}
+    return RENDERER.render(chosen, tokenizer.special_tokens_map | values)
 
 
 def _control_of(tokenizer: Any) -> re.Pattern[str] | None:
