@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export LUTHIER_DEMO_BEGAN := $(shell date +%s)
 
-.PHONY: help setup demo demo-openai check test quick test-long test-postgres test-clients test-lm-eval bench bench-quick bench-peers clean
+.PHONY: help setup demo demo-openai check test quick test-long test-postgres test-clients test-lm-eval bench bench-serve bench-quick bench-peers clean
 help:            ## list these commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 18
 
@@ -67,6 +67,7 @@ $(LM_EVAL)/.ready: bench/lm_eval/requirements.txt
 	touch $@
 
 NAME ?= $(shell date +%F)
+PEERS := bench/peers/.venvs
 RESULTS := bench/results
 bench: $(STAMP) bench-peers ## speed, memory and loss against the rivals (hours; bench/README.md)
 	$(BIN)/python bench/workloads.py bench/.rows
@@ -75,11 +76,16 @@ bench: $(STAMP) bench-peers ## speed, memory and loss against the rivals (hours;
 	$(BIN)/python bench/run.py bench/.rows $(RESULTS)/$(NAME)-ablations.json --systems ablations --workloads chat,equal
 	$(BIN)/python bench/run.py bench/.rows $(RESULTS)/$(NAME)-loss.json --workloads chat --rounds 1 --steps 40 --looks 5
 
+SERVERS := $(PEERS)/vllm/.ready $(PEERS)/llamacpp/.ready
+bench-serve: $(STAMP) $(SERVERS) ## answers a second, beside vLLM, llama.cpp and plain PEFT (an hour; bench/README.md)
+	$(BIN)/python bench/workloads.py bench/.rows
+	$(BIN)/python bench/serving/made.py bench/.serving --rows bench/.rows
+	$(BIN)/python bench/serve.py bench/.serving $(RESULTS)/$(NAME)-serving.json
+
 bench-quick: $(STAMP) bench-peers ## the same in minutes, to see that every system runs
 	$(BIN)/python bench/workloads.py bench/.rows
 	$(BIN)/python bench/run.py bench/.rows bench/.rows/quick.json --workloads guard --rounds 1 --steps 3 --warmup 1
 
-PEERS := bench/peers/.venvs
 bench-peers: $(PEERS)/trl/.ready $(PEERS)/llamafactory/.ready $(PEERS)/unsloth/.ready ## the rivals' own environments
 
 # torch first and alone here too, and pinned beside every rival, so that all of them run the same one.
@@ -91,6 +97,14 @@ $(PEERS)/%/.ready: bench/peers/%.txt
 	$(@D)/bin/pip install --quiet -r $<
 	$(@D)/bin/pip uninstall --quiet --yes torchvision
 	rm -f $(@D)/lib/python3*/site-packages/torchaudio/lib/*.so
+	touch $@
+
+# vLLM does without all three; each of them, present, keeps it from starting on a CPU.
+$(PEERS)/vllm/.ready: bench/peers/vllm.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $$(grep '^torch==' $<)
+	$(@D)/bin/pip install --quiet -r $<
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:           ## remove what setup and tests made; the home folder stays

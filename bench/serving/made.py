@@ -1,6 +1,6 @@
 """What every server of the comparison answers with: one base, eight adapters, prompts; each form made once.
 
-    python bench/serving/made.py FOLDER --base BASE --rows bench/.rows
+    python bench/serving/made.py FOLDER --rows bench/.rows
 
 FOLDER gets `adapters/a1 … a8` (PEFT; rank 16 on every linear layer but the head, random, no two alike),
 `merged` (the base with a1 folded in), `home` (luthier's releases of the eight), `prompts.json` (texts cut
@@ -37,11 +37,10 @@ LLAMACPP = Path(__file__).parents[1] / "peers" / ".venvs" / "llamacpp"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, required=True, help="what workloads.py wrote")
+    parser.add_argument("--rows", type=Path, required=True, help="what workloads.py wrote: rows and a base")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    base = asked.base.absolute()
+    base = Path(json.loads((asked.rows / "about.json").read_text("utf-8"))["base"])
     adapters(base, asked.folder)
     prompts(base, asked.rows, asked.folder)
     home(base, asked.folder)

@@ -56,7 +56,7 @@ def named(name: str, made: Path, port: int, threads: int) -> System:
     if name == "luthier":
         command = [sys.executable, "-m", "luthier.cli", "serve", "--home", str(made / "home"), "--port", "0"]
         models = {adapter: f"bench@{adapter}" for adapter in ADAPTERS}
-        return System([*command, "--json"], models, announces=True)
+        return System([*command, "--base", base, "--workers", "0", "--json"], models, announces=True)
     if name in ("vllm-lora", "vllm-merged"):
         return _vllm(name, base, made, port)
     job = json.dumps({"base": base, "made": str(made), "port": port, "threads": threads})
@@ -100,22 +100,25 @@ def started(name: str, made: Path, port: int, threads: int, log: Path) -> Iterat
             stderr=said, text=True, start_new_session=True,
         )  # fmt: skip
         try:
-            url, key = _announced(process) if system.announces else (f"http://127.0.0.1:{port}", "none")
-            for model in system.models.values():
+            url, key, models = f"http://127.0.0.1:{port}", "none", system.models
+            if system.announces:
+                said = _announced(process)
+                url, key, models = said["url"], said["key"], {**models, "base": said["model"]}
+            for model in models.values():
                 _until_answered(process, url, key, model)
             facts = {"ready_s": round(time.perf_counter() - began, 1)}
-            yield Server(url, key, system.models, process.pid, facts)
+            yield Server(url, key, models, process.pid, facts)
         finally:
             _end(process)
 
 
-def _announced(process: subprocess.Popen[str]) -> tuple[str, str]:
+def _announced(process: subprocess.Popen[str]) -> dict[str, str]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
         raise SystemExit("the server ended before it was ready")
-    said = json.loads(line)
-    return said["url"], said["key"]
+    said: dict[str, str] = json.loads(line)
+    return said
 
 
 def _until_answered(process: subprocess.Popen[str], url: str, key: str, model: str) -> None:

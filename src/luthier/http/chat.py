@@ -3,7 +3,7 @@
 Source: https://platform.openai.com/docs/api-reference/chat. Fields we do not know are ignored (so none of
 them reaches a chat template: CVE-2025-62426); fields we know and cannot honour are refused with their name,
 for silence would be a wrong answer. `temperature` defaults to 0 (greedy) here, not to OpenAI's 1: a guard
-should say the same thing twice. `top_k` and `return_token_ids` are vLLM's.
+should say the same thing twice. `top_k`, `ignore_eos` and `return_token_ids` are vLLM's.
 
 It does not know sockets, releases in memory or tokens.
 """
@@ -103,6 +103,7 @@ class Spoken(Given):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = Field(default=None, description="tell the tokens' ids too")
+    ignore_eos: bool | None = Field(default=None, description="go on past the end of the answer")
 
     @property
     def usage(self) -> bool:
@@ -125,6 +126,7 @@ class Spoken(Given):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=bias,
+            ignore_eos=bool(self.ignore_eos),
         )
 
 

@@ -52,6 +52,7 @@ class Options:
     tools: Tools = ()
     score_prompt: bool = False
     embed: bool = False
+    ignore_eos: bool = False
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         return Sampling(
@@ -230,7 +231,7 @@ class Service:
             target=target,
             prompt_ids=ids,
             sampling=sampling,
-            stop_ids=voice.stop_ids,
+            stop_ids=frozenset() if options.ignore_eos else voice.stop_ids,
             stops=options.stops,
             grammar=options.grammar,
             score_prompt=options.score_prompt,
