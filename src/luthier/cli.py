@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier import cli_bases, cli_jobs, tables
+from luthier import cli_bases, cli_jobs, cli_traffic, tables
 from luthier.door import AsJson, Home, errors, results
 from luthier.door import answer as _answer
 from luthier.door import door as _door
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_bases.app, name="bases")
 app.command()(cli_bases.share)
+cli_traffic.register(app)
 app.add_typer(cli_jobs.app, name="jobs")
 app.command()(cli_jobs.work)
 app.command("import-openai")(cli_jobs.import_openai)
@@ -118,6 +119,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
         Path | None, typer.Option(help="bring this base along: a recipe, a model folder or a .gguf")
     ] = None,
     workers: Annotated[int, typer.Option(help="processes for fine-tuning jobs; 0 for none", min=0)] = 1,
+    cache: Annotated[int, typer.Option(help="deterministic answers kept; 0 for none", min=0)] = 0,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +142,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
 
         if demo or base is not None:
             brought |= cli_bases.admitted(None, base, "LicenseRef-own", home)
-        http.serve(home=home, host=host, port=port, key=key, workers=workers, announce=announce)
+        http.serve(home=home, host=host, port=port, key=key, workers=workers, cached=cache, announce=announce)
 
 
 @app.command()

@@ -170,6 +170,16 @@ def releases(console: Console, found: Sequence[Row]) -> None:
     console.print(table if found else "no releases yet: luthier run examples/guard.yaml")
 
 
+def split(console: Console, told: Row) -> None:
+    """A canary or a shadow: how it stands, and the figures it has so far."""
+    console.print(
+        f"{told['name']} {told['kind']} [bold]{told['digest'][:12]}[/] at {told['percent']:g} % beside "
+        f"{told['champion'][:12]}: {escape(told['state'])} ({escape(told['reason'])}, {told['at']})"
+    )
+    for name, value in told["figures"].items():
+        console.print(f"  {name.replace('_', ' ')}: {escape(str(value))}")
+
+
 def moved(console: Console, move: Row) -> None:
     if not move["moved"]:
         console.print(

@@ -14,13 +14,14 @@ def _quiet(ready: dict[str, Any]) -> None:
     del ready
 
 
-def serve(
+def serve(  # noqa: PLR0913 - each is an option of the command
     *,
     home: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8321,
     key: str | None = None,
     workers: int = 0,
+    cached: int = 0,
     announce: Callable[[dict[str, Any]], None] = _quiet,
 ) -> None:
     """Serve the releases of a home until SIGTERM or Ctrl-C, following alias moves at once.
@@ -28,12 +29,14 @@ def serve(
     `announce({"url", "key", "models"})` is called when requests will be answered. Port 0 takes a free one;
     without a `key` a new one is made, and known to nobody but who hears the announcement. The official
     client's `base_url` is the url followed by `/v1`.
-    `workers` processes carry out fine-tuning jobs meanwhile.
+    `workers` processes carry out fine-tuning jobs meanwhile; `cached` deterministic answers are kept.
     """
     from luthier.home import Home
     from luthier.http import server
+    from luthier.serving.limits import Limits
     from luthier.store import Store
 
     opened = Home.at(home)
-    door = server.Door(host, port, key, apart=True, workers=workers)
+    limits = Limits(cached=cached)
+    door = server.Door(host, port, key, limits, apart=True, workers=workers)
     server.serve(Store.open(opened.database), opened, door, announce)

@@ -100,6 +100,7 @@ class Spoken(Given):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = Field(default=None, description="token id to what its logit gains")
+    user: str | None = Field(default=None, max_length=256, description="stays on one side of a canary")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = Field(default=None, description="tell the tokens' ids too")
@@ -160,6 +161,7 @@ class Asked:
     named: bool = False
     one: bool = False
     token_ids: bool = False
+    user: str | None = None
 
 
 Request = TypeVar("Request", bound=Given)
@@ -211,6 +213,7 @@ def parse(data: bytes) -> Asked:
         named=isinstance(choice, NamedTool),
         one=given.parallel_tool_calls is False,
         token_ids=bool(given.return_token_ids),
+        user=given.user,
     )
 
 

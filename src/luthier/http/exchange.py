@@ -15,13 +15,16 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from luthier.errors import ServeError
 from luthier.http.auth import caller
 from luthier.http.problems import RequestError, TooLarge
 from luthier.serving.desk import Turn
+from luthier.serving.router import Target
 from luthier.serving.service import Service
+from luthier.serving.traffic import Again, Route
 from luthier.serving.worker import Ask, End, Event, Failed, Heard, Said
 from luthier.store import RequestRecord
 
@@ -54,13 +57,17 @@ class Exchange:
         self._first_token_s: float | None = None
         self.model = ""
         self.release: str | None = None
+        self.route: Route | None = None
         self.prompt_tokens = self.completion_tokens = 0
         self.status = GONE  # until it ends some other way
         self.error: str | None = "ClientGone"
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"x-luthier-release": self.release} if self.release else {}
+        headers = {"x-luthier-release": self.release} if self.release else {}
+        if self.route is not None and self.route.known is not None:
+            headers["x-luthier-cache"] = "hit" if self.route.known else "miss"
+        return headers
 
     async def body(self, limit_bytes: int) -> bytes:
         """The request's body; too large or too slow is refused without reading on."""
@@ -80,8 +87,23 @@ class Exchange:
             raise ClientGone("the client left before its request was read") from None
         return bytes(data)
 
-    def begin(self, service: Service, asks: Sequence[Ask], n: int = 1) -> None:
-        """Start the answers: `n` to each ask, the sampled ones with seeds that follow each other."""
+    async def find(self, service: Service, model: str, user: str | None) -> Target:
+        """The release that answers, for a caller who may see it."""
+        who = caller(self.request)
+
+        def route() -> Route:
+            target = service.router.resolve(model, who.tenant)
+            return service.traffic.route(model, target, f"{who.key_id}/{user or ''}")
+
+        self.model = model
+        self.route = await run_in_threadpool(route)
+        self.release = self.route.target.release_digest
+        return self.route.target
+
+    def begin(self, service: Service, asks: Sequence[Ask], n: int = 1, again: Again | None = None) -> None:
+        """Start the answers: `n` to each ask, the sampled ones with seeds that follow each other. `again`
+        makes the same request of another release, for a shadow."""
+        assert self.route is not None, "`find` comes first"
         loop = asyncio.get_running_loop()
         turn = Turn(caller(self.request).tenant)
 
@@ -95,7 +117,7 @@ class Exchange:
         self.prompt_tokens = sum(len(ask.prompt_ids) for ask in asks)
         self._watcher = asyncio.create_task(self._watch())
         for ask in (_again(ask, copy) for ask in asks for copy in range(n)):
-            self._cancels.append(service.submit(ask, sink(self.open), turn))
+            self._cancels.append(service.traffic.start(self.route, ask, sink(self.open), turn, again))
             self.open += 1
 
     async def next(self) -> tuple[int, Heard]:
@@ -126,19 +148,20 @@ class Exchange:
             self._watcher.cancel()
         for cancel in self._cancels:
             cancel()
-        note(
-            RequestRecord(
-                at=self._at,
-                release=self.release,
-                model=self.model,
-                status=self.status,
-                prompt_tokens=self.prompt_tokens,
-                completion_tokens=self.completion_tokens,
-                first_token_s=self._first_token_s,
-                total_s=time.monotonic() - self._began_s,
-                error=self.error,
-            )
+        record = RequestRecord(
+            at=self._at,
+            release=self.release,
+            model=self.model,
+            status=self.status,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            first_token_s=self._first_token_s,
+            total_s=time.monotonic() - self._began_s,
+            error=self.error,
         )
+        if self.route is not None:
+            self.route.ended(record)
+        note(record)
 
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":

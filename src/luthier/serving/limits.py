@@ -34,6 +34,7 @@ class Limits:
     default_tokens: int = 256
     body_bytes: int = 4 * 1024 * 1024
     grace_s: float = 20.0
+    cached: int = 0  # answers that are kept to be given again
     chunk_tokens: int = 128
     cache_bytes: int = 1 << 30
 

@@ -22,11 +22,13 @@ from luthier.engine.sampling import Sampling
 from luthier.errors import DataError, LuthierError, ModelError
 from luthier.home import Home
 from luthier.rows import Message, Tools
+from luthier.serving.cache import Cache
 from luthier.serving.desk import QUEUE, Desk, Turn
 from luthier.serving.engine_process import EngineProcess
 from luthier.serving.journal import Journal
 from luthier.serving.limits import DEFAULTS, Limits
 from luthier.serving.router import Router, Target
+from luthier.serving.traffic import Traffic
 from luthier.serving.worker import Ask, End, Event, Failed, Said, Sink, Worker
 from luthier.store import Store
 from luthier.tool_calls import Convention, convention
@@ -169,6 +171,8 @@ class Service:
         self.router = Router(store, home)
         self.engine = (EngineProcess if apart else Worker)(replace(limits, waiting=QUEUE), threads)
         self.worker = Desk(self.engine, limits)
+        cache = Cache(limits.cached) if limits.cached else None
+        self.traffic = Traffic(store, home, self.router, self.worker, cache)
         self.journal = Journal(store)
         self._voices: dict[str, Voice] = {}
         self._loading = threading.Lock()
@@ -183,6 +187,7 @@ class Service:
     def start(self) -> None:
         self.worker.start()
         self.journal.start()
+        self.traffic.shadows.start()
 
     def warm(self) -> int:
         """Load what stands in production, so that the first request is quick; returns how many are ready.
@@ -203,6 +208,7 @@ class Service:
     def close(self, grace_s: float | None = None) -> None:
         """Finish what is under way within the grace time, write the log, end the threads."""
         self.worker.close(self.limits.grace_s if grace_s is None else grace_s)
+        self.traffic.shadows.close()
         self.journal.close()
 
     def prepare(self, target: Target, messages: Sequence[Message], options: Options) -> Ask:

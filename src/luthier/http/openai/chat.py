@@ -16,13 +16,13 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from luthier.http import chat
-from luthier.http.auth import caller
 from luthier.http.chat import Asked, ChatRequest
 from luthier.http.exchange import Exchange
 from luthier.http.openai.answering import Note, Telling, Usage, respond
 from luthier.rows import Call
+from luthier.serving.router import Target
 from luthier.serving.service import Service, Voice
-from luthier.serving.worker import End, Heard, Read, Said
+from luthier.serving.worker import Ask, End, Heard, Read, Said
 from luthier.tool_calls import Listener
 
 SCHEMA = ChatRequest.model_json_schema()
@@ -39,13 +39,14 @@ def routes(service: Service, note: Note) -> APIRouter:
 
         async def begin(exchange: Exchange) -> Telling:
             asked = chat.parse(await exchange.body(service.limits.body_bytes))
-            exchange.model = asked.model
-            tenant = caller(exchange.request).tenant
-            target = await run_in_threadpool(service.router.resolve, asked.model, tenant)
-            exchange.release = target.release_digest
-            ask = await run_in_threadpool(service.prepare, target, asked.messages, asked.options)
+            target = await exchange.find(service, asked.model, asked.user)
+
+            def prepare(target: Target) -> Ask:
+                return service.prepare(target, asked.messages, asked.options)
+
+            ask = await run_in_threadpool(prepare, target)
             voice = await run_in_threadpool(service.voice, target)
-            exchange.begin(service, [ask], asked.n)
+            exchange.begin(service, [ask], asked.n, prepare if asked.n == 1 else None)
             return Answers(asked, target.release_digest, voice, ask.prompt_ids)
 
         return await respond(request, note, begin)

@@ -19,7 +19,6 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 from starlette.responses import JSONResponse
 
-from luthier.http.auth import caller
 from luthier.http.chat import Spoken, read
 from luthier.http.exchange import Exchange
 from luthier.http.openai.answering import Note, Telling, Usage, respond
@@ -64,10 +63,7 @@ def routes(service: Service, note: Note) -> APIRouter:
 
         async def begin(exchange: Exchange) -> Telling:
             given = parse(await exchange.body(service.limits.body_bytes))
-            exchange.model = given.model
-            tenant = caller(exchange.request).tenant
-            target = await run_in_threadpool(service.router.resolve, given.model, tenant)
-            exchange.release = target.release_digest
+            target = await exchange.find(service, given.model, given.user)
             options = given.options(DEFAULT_TOKENS if given.max_tokens is None else given.max_tokens)
             scored = bool(given.echo) and given.logprobs is not None
             options = replace(options, logprobs=given.logprobs, score_prompt=scored)

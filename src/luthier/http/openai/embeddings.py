@@ -18,7 +18,6 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 from starlette.responses import JSONResponse
 
-from luthier.http.auth import caller
 from luthier.http.chat import Given, read
 from luthier.http.exchange import Exchange
 from luthier.http.openai.answering import Note, Telling, Usage, respond
@@ -39,6 +38,7 @@ class EmbeddingRequest(Given):
     input: str | Texts | Ids | Many
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1, description="only the vector's own length")
+    user: str | None = Field(default=None, max_length=256, description="stays on one side of a canary")
 
     @property
     def inputs(self) -> list[str | list[int]]:
@@ -63,10 +63,7 @@ def routes(service: Service, note: Note) -> APIRouter:
             given = read(EmbeddingRequest, await exchange.body(service.limits.body_bytes), {})
             if any(not text for text in given.inputs):
                 raise RequestError("an input is empty", param="input")
-            exchange.model = given.model
-            tenant = caller(exchange.request).tenant
-            target = await run_in_threadpool(service.router.resolve, given.model, tenant)
-            exchange.release = target.release_digest
+            target = await exchange.find(service, given.model, given.user)
 
             def prepare() -> list[Ask]:
                 return [service.prepare_text(target, text, EMBED) for text in given.inputs]
