@@ -15,7 +15,7 @@ from luthier.engine import footprint, layout
 from luthier.engine.footprint import Checkpointing
 from luthier.errors import PlanError, TrainError
 from luthier.rows import chat
-from luthier.stages import Inputs, plan, train
+from luthier.stages import Inputs, _offers, plan, train
 from luthier.stages.plan import MICRO_TOKENS
 from luthier.template import Encoded
 from tests.stages.training import phase, planning, records, world
@@ -113,7 +113,7 @@ def test_every_offered_change_was_forecast_and_fits(made: Inputs, tmp_path: Path
     need = replace(work.need, shape=replace(work.need.shape, layers=400))
     kinds, others = (Checkpointing.NONE,), (Checkpointing.SELECTIVE, Checkpointing.FULL)
     least = replace(need, how=replace(need.how, checkpointing=kinds[0])).forecast(need.longest).total
-    told = str(plan._too_big(replace(work, need=need), phase(), (least * 0.97, 1), (kinds, others)))
+    told = str(_offers.too_big(replace(work, need=need), phase(), (least * 0.97, 1), (kinds, others)))
     assert "plan.memory_gb: " in told and "plan.checkpointing: " in told
     length = int(told.split("plan.max_length: ")[1].split()[0])
     cut = layout.of([Encoded(row.ids[:length], row.mask[:length], row.id) for row in need.steps[0][:1]])

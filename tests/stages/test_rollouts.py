@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from luthier import artifacts
-from luthier.errors import Interrupted
+from luthier.errors import GraderError, Interrupted, PlanError
 from luthier.recipe import Phase, Plan, Planning
 from luthier.rows import prompt
 from luthier.stages import Event, Inputs, plan, train
@@ -124,3 +124,71 @@ def test_the_second_update_on_one_sampling_departs_from_the_policy_that_spoke(
     assert any(row["clipped"] > 0.0 for row in curve[1::2])
     assert curve[0]["kl"] == 0.0 and curve[-1]["kl"] > 0.0
     assert all(a["reward"] == b["reward"] for a, b in zip(curve[0::2], curve[1::2], strict=True))
+
+
+def planned(folder: Path, base: Path, budget: dict[str, Any], made: Phase) -> dict[str, Any]:
+    given = world(folder, base, phase())
+    out = folder / "again"
+    out.mkdir()
+    return plan.run(
+        Planning(budget=Plan.model_validate({"threads": 1, **budget}), phases=(made,)), given, out
+    )
+
+
+def test_a_plan_counts_answers_at_their_longest_and_what_sampling_takes(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    found = planned(tmp_path / "a", tiny_base, {}, phase({"iterations": 3}))
+    prompts = [len(record["prompt"][0]["content"]) for record in records(9, 1)]
+    assert found["longest_row"] > max(prompts) + 6 and found["validation_rows"] == 4
+    assert found["loss_tokens"] == 6 * 3 * 4 * 6  # steps, prompts, answers, tokens
+    assert found["epochs"] == round(6 * 3 / 9 / 3, 4)
+    assert 0 < found["sampling_minutes"] < found["minutes"]
+    assert found["sampling_bytes"] > 4 * 90_000  # the base a second time, and more
+    assert any("sampling" in line for line in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "objective", "words"),
+    [
+        ({"processes": 2}, {}, "sampled by one process"),
+        ({"max_length": 16}, {}, "plan.max_length is 16"),
+        ({"memory_gb": 0.1}, {}, "plan.memory_gb"),
+        (
+            {},
+            {
+                "grader": {
+                    "name": "score_model",
+                    "model": "gpt-4o",
+                    "input": [{"role": "user", "content": "?"}],
+                }
+            },
+            "the only judge at hand",
+        ),
+    ],
+)
+def test_a_plan_refuses_what_sampling_cannot_do(
+    budget: dict[str, Any], objective: dict[str, Any], words: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        planned(tmp_path, tiny_base, budget, phase(objective))
+
+
+def test_a_row_that_lacks_a_field_of_the_grader_is_named_before_anything_is_trained(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    grader = {"name": "string_check", "reference": "{{ item.reference_answer }}"}
+    with pytest.raises(GraderError, match=r"rows:1: there is nothing at item\.reference_answer"):
+        planned(tmp_path, tiny_base, {}, phase({"grader": grader}))
+
+
+def test_the_base_itself_may_judge(tiny_base: Path, tmp_path: Path) -> None:
+    judge = {
+        "name": "score_model", "failure_score": 0.25,
+        "input": [{"role": "user", "content": "{{ sample.output_text }}"}],
+        "sampling_params": {"max_completions_tokens": 4},
+    }  # fmt: skip
+    made = phase({"grader": judge}, steps=1)
+    run(world(tmp_path, tiny_base, made), tmp_path / "run", made)
+    (row,) = artifacts.read_jsonl(tmp_path / "run" / "out" / "curve.jsonl")
+    assert row["reward"] == 0.25 and row["flat_groups"] == 3  # a random judge says no number

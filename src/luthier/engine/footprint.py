@@ -141,6 +141,7 @@ class How:
     """In what way the same numbers are computed.
 
     products: the matrix library keeps one compiled product for each shape of 16 bit numbers.
+    sampling_bytes: what the same process holds to sample answers, beside all of training.
     """
 
     checkpointing: Checkpointing = Checkpointing.NONE
@@ -149,6 +150,7 @@ class How:
     process_bytes: int = PROCESS_BYTES
     fragmentation: float = FRAGMENTATION
     products: bool = True
+    sampling_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def forecast(shape: Shape, layouts: Iterable[Layout], how: How, row_tokens: int 
     adapters = FLOAT32 * shape.trainable
     met_sizes = len({at.tokens for at in met})
     known = {
-        "process": how.process_bytes,
+        "process": how.process_bytes + how.sampling_bytes,
         "rows": ROW_TOKEN_BYTES * row_tokens,
         "weights": weights_bytes(shape),
         "adapters": adapters,

@@ -76,29 +76,35 @@ class Policy:
         for name, weight in given.items():
             self._held[name].copy_(weight)
 
-    @torch.inference_mode()
     def sample(
         self, prompts: Sequence[Asked], how: Drawing, tell: Callable[[int, int], None]
     ) -> list[list[list[int]]]:
-        """The answers to each prompt as tokens, each with the stop token that ended it, if one did."""
-        if any(not prompt.ids for prompt in prompts):
-            raise TrainError("an empty prompt has no next token")
-        model = self.runtime.under(POLICY)
-        found: dict[int, list[list[int]]] = {}
-        done, whole = 0, sum(prompt.answers for prompt in prompts)
-        for some in _together(prompts, how):
-            grown = iter(_grow(model, [prompts[n] for n in some], how))
-            for n in some:
-                found[n] = [next(grown) for _ in range(prompts[n].answers)]
-                done += prompts[n].answers
-            tell(done, whole)
-        return [found[n] for n in range(len(prompts))]
+        """The policy's answers to each prompt."""
+        return sample(self.runtime.under(POLICY), prompts, how, tell)
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], how: Drawing, tell: Callable[[int, int], None]
     ) -> list[list[int]]:
         """The likeliest answer to each prompt."""
         return self.runtime.greedy(prompts, how.max_new_tokens, POLICY, how.stop_ids, tell)
+
+
+@torch.inference_mode()
+def sample(
+    model: Any, prompts: Sequence[Asked], how: Drawing, tell: Callable[[int, int], None]
+) -> list[list[list[int]]]:
+    """The answers to each prompt as tokens, each with the stop token that ended it, if one did."""
+    if any(not prompt.ids for prompt in prompts):
+        raise TrainError("an empty prompt has no next token")
+    found: dict[int, list[list[int]]] = {}
+    done, whole = 0, sum(prompt.answers for prompt in prompts)
+    for some in _together(prompts, how):
+        grown = iter(_grow(model, [prompts[n] for n in some], how))
+        for n in some:
+            found[n] = [next(grown) for _ in range(prompts[n].answers)]
+            done += prompts[n].answers
+        tell(done, whole)
+    return [found[n] for n in range(len(prompts))]
 
 
 def _together(prompts: Sequence[Asked], how: Drawing) -> Iterator[list[int]]:

@@ -43,7 +43,8 @@ def how(device: Device | None, compiled: bool) -> How:
 def moved(work: Work, device: Device) -> Work:
     """The same work as a device of the table would do it."""
     shape = replace(work.need.shape, mapped=False, weight_bytes=2)
-    return replace(work, need=replace(work.need, shape=shape, how=how(device, True), row_tokens=0))
+    there = replace(how(device, True), sampling_bytes=work.need.how.sampling_bytes)
+    return replace(work, need=replace(work.need, shape=shape, how=there, row_tokens=0))
 
 
 def elsewhere(device: Device, section: Any, work: Work) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from luthier.engine.footprint import Checkpointing
 from luthier.errors import DataError, PlanError
 from luthier.objectives import Batch
 from luthier.rows import again
-from luthier.stages import Event, Inputs, _rollouts
-from luthier.stages._elsewhere import DEVICE_TOKENS, Work, elsewhere, elsewhere_s, how, looks, roomy
+from luthier.stages import Event, Inputs, _rollouts, _sampling
+from luthier.stages._elsewhere import DEVICE_TOKENS, Work, elsewhere, elsewhere_s, how, looks
+from luthier.stages._offers import Kinds, too_big
 from luthier.template import Encoded
 
 MICRO_TOKENS = 2048  # more does not train faster on a CPU: its matrix units are busy long before
@@ -42,6 +43,9 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     budget, phase = section.budget, section.phases[0]
     inputs.tell(Event("plan", "measuring this machine"))
     machine, device = host.probe(), DEVICES.get(budget.device or "")
+    sampled = _sampling.wanted(phase)
+    if sampled:
+        _sampling.refuse(section, inputs)
     dtype = _dtype(inputs.artefacts["model"], machine, device)
     work = _work(section, inputs, (dtype, device))
     allowed = _allowed(budget, machine, device)
@@ -51,18 +55,21 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     kinds, other_kinds = _kinds(budget, kind)
     chosen = fit.choose(work.need, allowed / processes, most, kinds)
     if chosen is None:
-        raise _too_big(work, phase, (allowed, processes), (kinds, other_kinds))
+        raise too_big(work, phase, (allowed, processes), (kinds, other_kinds))
     threads = max(1, min(budget.threads or machine.cores, machine.cores) // processes)
     torch.set_num_threads(threads)
     decisions = _decisions(phase, work, chosen) | {
         "processes": processes, "placement": kind,
         "threads": threads, "dtype": dtype, "compiled": work.need.how.compiled, "device": budget.device,
         "warnings": _warnings(phase, work),
-    }  # fmt: skip
+    } | (_sampling.decisions(phase, inputs) if sampled else {})  # fmt: skip
     total = _operations(work, chosen)
     if device is None:
         timing = _timed(phase, inputs, work, chosen)
         minutes = timing.pop("minutes") / processes  # as if none were in another's way
+        if sampled:
+            timing["sampling_minutes"] = round(_sampling.minutes(phase, inputs, work), 6)
+            minutes += timing["sampling_minutes"]
     else:
         timing, minutes = {}, elsewhere_s(device, phase, work, chosen) / 60
     _refuse_if_slow(budget, work, minutes)
@@ -75,6 +82,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         "bits_per_parameter": chosen.forecast.bits(work.need.shape.parameters),
         "operations": total,
         "tokens_per_s": round(work.tokens / (60 * minutes), 1) if minutes else 0.0,
+        **({"sampling_bytes": work.need.how.sampling_bytes} if sampled else {}),
     } | timing
     others = [] if device else [elsewhere(other, section, work) for other in DEVICES.values()]
     seen = {"budget_gb": round(allowed / 1e9, 3), "elsewhere": others, "host": machine.as_dict()}
@@ -117,15 +125,19 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
         tuple(batch.flat(train[row] for row in batch.rows_of(ids, phase.batch, inputs.seed, at)))
         for at in (math.ceil(step / held) for step in range(1, count + 1))
     )
-    looked = batch.order(tuple(row[0].id for row in validation), inputs.seed, "validation")
     outline = bases.outline(folder)
     shape = footprint.shape(
         outline, phase.method.module.ranks(outline, phase.method.params), 2 if dtype == "bfloat16" else 4,
         mapped=device is None and bases.stored(folder) == {dtype},
     )  # fmt: skip
+    way = how(device, native.can_compile())
+    if _sampling.wanted(phase):
+        longest = max(len(one.ids) for one in batch.flat(train))
+        way, validation = replace(way, sampling_bytes=_sampling.held_bytes(shape, phase, longest)), []
+    looked = batch.order(tuple(row[0].id for row in validation), inputs.seed, "validation")
     need = fit.Work(
         shape, steps, tuple(batch.flat(validation[row] for row in looked[: phase.validation.rows])),
-        how(device, native.can_compile()), 0 if device else sum(len(one.ids) for one in batch.flat(train)),
+        way, 0 if device else sum(len(one.ids) for one in batch.flat(train)),
     )  # fmt: skip
     return Work(batch.Loader(ids, dict(enumerate(train)), phase.batch, MICRO_TOKENS, inputs.seed), need)
 
@@ -174,9 +186,6 @@ def _encoded(split: str, how: tuple[int, Any], inputs: Inputs, tokenizer: Any) -
     return rows
 
 
-Kinds = tuple[Checkpointing, ...]
-
-
 def _kinds(budget: Any, placement: str) -> tuple[Kinds, Kinds]:
     """What may be computed again, and what else a recipe could ask for."""
     asked = budget.checkpointing and Checkpointing(budget.checkpointing)
@@ -190,52 +199,6 @@ def _kinds(budget: Any, placement: str) -> tuple[Kinds, Kinds]:
         return (Checkpointing.NONE,), ()
     every = tuple(Checkpointing)
     return ((asked,), tuple(kind for kind in every if kind is not asked)) if asked else (every, ())
-
-
-def _too_big(work: Work, phase: Any, among: tuple[float, int], choice: tuple[Kinds, Kinds]) -> PlanError:
-    """Each thing that would make it fit, alone; every one was forecast to fit before it is said.
-
-    `among`: the bytes that all processes may use, and how many share them. Each forecast is of one.
-    """
-    (together, processes), (kinds, others) = among, choice
-    allowed = together / processes
-    need = replace(work.need, how=replace(work.need.how, checkpointing=kinds[-1]))
-    least = need.forecast(need.longest).total
-    offers = [f"plan.memory_gb: {math.ceil(processes * least / 1e8) / 10}"]
-    for kind in others:
-        other = replace(need, how=replace(need.how, checkpointing=kind))
-        if other.forecast(need.longest).total <= allowed:
-            offers.append(f"plan.checkpointing: {kind.value}")
-            break
-    if length := fit.shorter(need, allowed):
-        longer = sum(max(len(one.ids) for one in row) > length for row in work.loader.rows.values())
-        offers.append(f"plan.max_length: {length} ({longer} of {len(work.loader.rows)} rows are longer)")
-    if rank := _smaller_rank(need, phase, allowed):
-        offers.append(f"train.0.method.r: {rank}")
-    if smaller := fit.fewer_layers(need, allowed):
-        offers.append(f"a base of {smaller.parameters / 1e6:,.0f} million parameters")
-    offers += [f"plan.device: {name}" for name in roomy(work)[:1]]
-    return PlanError(
-        f"training needs about {processes * least / 1e9:.2f} GB even with one row of {need.longest} tokens "
-        f"at a time; {together / 1e9:.2f} GB are allowed",
-        where="plan.memory_gb",
-        hint=f"any one of these would fit: {'; '.join(offers)}",
-    )
-
-
-def _smaller_rank(need: fit.Work, phase: Any, allowed: float) -> int | None:
-    """The largest smaller rank of the same method that would fit."""
-    rank = getattr(phase.method.params, "r", 1)
-
-    def fits(less: int) -> bool:
-        stacks = tuple(
-            replace(stack, ranks=tuple(each * less // rank for each in stack.ranks))
-            for stack in need.shape.stacks
-        )
-        shape = replace(need.shape, stacks=stacks, trainable=need.shape.trainable * less // rank)
-        return replace(need, shape=shape).forecast(need.longest).total <= allowed
-
-    return fit.most(fits, 1, rank - 1)
 
 
 def _refuse_if_slow(budget: Any, work: Work, minutes: float) -> None:
@@ -352,10 +315,15 @@ def _warnings(phase: Any, work: Work) -> list[str]:
     shape = work.need.shape
     share = shape.trainable / (shape.parameters + shape.trainable)
     low, high = getattr(phase.method.module, "USUAL_SHARE", (0.0, 1.0))
-    if low <= share <= high:
-        return []
     usual = f"{100 * low:g} to {100 * high:g} %"
-    return [f"{100 * share:.2g} % of the weights train; usual for {phase.method.name} is {usual}"]
+    said = [f"{100 * share:.2g} % of the weights train; usual for {phase.method.name} is {usual}"]
+    found = [] if low <= share <= high else said
+    if _sampling.wanted(phase):
+        found.append(
+            "tokens, memory and minutes are for answers as long as they may become; minutes on a device "
+            "of the table are of learning alone: what sampling takes there is unknown"
+        )
+    return found
 
 
 def _decisions(phase: Any, work: Work, chosen: fit.Choice) -> dict[str, Any]:
