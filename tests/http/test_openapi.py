@@ -82,5 +82,6 @@ def test_generated_requests_meet_no_500_and_no_answer_outside_the_document(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_thousands_of_generated_requests_meet_no_500(server: Client, document: dict[str, Any]) -> None:
-    assert hammered(server, document, 400) >= 3_000
+    assert hammered(server, document, 120) >= 3_000
