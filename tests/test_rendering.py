@@ -10,7 +10,7 @@ import pytest
 from luthier import template
 from luthier.errors import ModelError
 from luthier.rendering import RENDERER, Cut, plain
-from luthier.rows import conversation
+from luthier.rows import chat, conversation
 from luthier.tool_calls import Convention, turns
 from tests.test_tool_calls import LIST, OBJECT, TAGS, TALK, TOOL
 from tests.tiny import CHATML
@@ -50,6 +50,9 @@ def test_a_template_that_runs_away_is_cut_and_the_next_one_is_rendered(tokenizer
     tokenizer.chat_template = RUNAWAY[name]
     with pytest.raises(ModelError):
         template.prompt_ids(tokenizer, conversation(TALK, "x"))
+    if name == "nested loops":
+        with pytest.raises(Cut):
+            template.encode(tokenizer, chat(TALK, "x"))
     tokenizer.chat_template = TAGS
     assert template.prompt_ids(tokenizer, conversation(TALK, "x"))
 

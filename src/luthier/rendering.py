@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -127,9 +128,20 @@ def _serve() -> None:
         if fork == 0:
             _answer(render_jinja_template, line)
         _, status = os.waitpid(fork, 0)
-        if status:
+        if not status:
+            _keep(line)
+        else:
             sys.stdout.buffer.write(b'{"cut": true}\n')
             sys.stdout.buffer.flush()
+
+
+def _keep(line: bytes) -> None:
+    """Compile here what a fork could compile within the limits, so that the next fork need not."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    with suppress(TemplateError, ArithmeticError, ValueError, TypeError, RecursionError):
+        _compile_jinja_template(json.loads(line)[0])
 
 
 def _answer(render: Callable[..., Any], line: bytes) -> None:

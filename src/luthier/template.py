@@ -76,7 +76,8 @@ def stop_ids(tokenizer: Any) -> frozenset[int]:
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
     """What serving sends: the conversation so far, and the opening of the assistant's next turn."""
-    return _tokens(tokenizer, [_render(tokenizer, messages, tools, opened=True, where="prompt")])[0]
+    rendered = _render(tokenizer, messages, tools, opened=True, where="prompt", apart=True)
+    return _tokens(tokenizer, [rendered])[0]
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -97,8 +98,11 @@ def encode_all(tokenizer: Any, chats: Sequence[Chat]) -> list[Encoded]:
     for start in range(0, len(chats), CHUNK_ROWS):
         some = chats[start : start + CHUNK_ROWS]
         texts: list[_Rendered] = []
-        for chat in some:
-            texts.append(_render(tokenizer, chat.messages, chat.tools, opened=False, where=chat.where))
+        for n, chat in enumerate(some):
+            # A template that runs away does so on the first row, where it is cut.
+            texts.append(
+                _render(tokenizer, chat.messages, chat.tools, opened=False, where=chat.where, apart=n == 0)
+            )
             texts += [
                 _render(tokenizer, chat.messages[:turn], chat.tools, opened=True, where=chat.where)
                 for turn in _answers(chat)
@@ -226,8 +230,15 @@ def _control(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def _render(
-    tokenizer: Any, messages: Sequence[Message], tools: Tools, *, opened: bool, where: str
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Tools,
+    *,
+    opened: bool,
+    where: str,
+    apart: bool = False,
 ) -> _Rendered:
+    """`apart`: a template that could run away is rendered where it can be cut."""
     from jinja2 import TemplateError
 
     control = _control_of(tokenizer)
@@ -237,7 +248,7 @@ def _render(
     if control and _spells(control, [said, offered]):
         said, offered = _hide([said, offered], control, hidden)
     try:
-        text = _filled(tokenizer, said, offered, opened)
+        text = (_apart if apart else _here)(tokenizer, said, offered, opened)
     except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ModelError(
             f"the chat template refuses this conversation: {_first_line(error)}", where=where
@@ -247,13 +258,17 @@ def _render(
     return _Rendered(text, tuple(hidden.items()))
 
 
-def _filled(tokenizer: Any, said: list[Any], offered: list[Any] | None, opened: bool) -> str:
-    """The template's text, from a child process where it could run away."""
+def _here(tokenizer: Any, said: list[Any], offered: list[Any] | None, opened: bool) -> str:
+    return str(
+        tokenizer.apply_chat_template(said, tools=offered, tokenize=False, add_generation_prompt=opened)
+    )
+
+
+def _apart(tokenizer: Any, said: list[Any], offered: list[Any] | None, opened: bool) -> str:
+    """The same from a child process, where the template could run away."""
     chosen = tokenizer.get_chat_template(None, offered)
     if plain(chosen):
-        return str(
-            tokenizer.apply_chat_template(said, tools=offered, tokenize=False, add_generation_prompt=opened)
-        )
+        return _here(tokenizer, said, offered, opened)
     values = {"conversations": [said], "tools": offered, "add_generation_prompt": opened}
     return RENDERER.render(chosen, tokenizer.special_tokens_map | values)
 
