@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from luthier.engine.decode import has_product
 from luthier.engine.decoder import Decoder
 from luthier.engine.growing import Growing, Grown, Room
 from luthier.engine.pages import BLOCK
@@ -161,6 +162,35 @@ def test_mixed_rows_say_what_each_says_alone_whatever_the_chunks_the_blocks_and_
     for number, (row, one) in enumerate(zip(rows, asked, strict=True)):
         expected = alone(*one)
         assert said(row) == (expected if number not in dropped else expected[: len(said(row))])
+
+
+@pytest.mark.long
+def test_two_hundred_mixed_requests_over_eight_adapters_say_what_each_says_alone(
+    world: World, alone: Alone
+) -> None:
+    decoder = decoder_of(world, 120, chunk=48, rows=16)
+    draw = random.Random(11)
+    asked = [(prompt, draw.choice([*world[1]]), draw.randrange(1, 13)) for prompt in prompts_of(200, 4)]
+    rows = [decoder.begin(prompt, greedy(tokens), adapter) for prompt, adapter, tokens in asked]
+    drain(decoder)
+    assert [said(row) for row in rows] == [alone(*one) for one in asked]
+
+
+@pytest.mark.skipif(not has_product(), reason="this CPU does not multiply bfloat16")
+def test_in_bfloat16_company_changes_no_token(tmp_path: Path) -> None:
+    base = make_tiny_base(tmp_path / "base", dtype="bfloat16")
+    folders = {f"a{n}": make_adapter(base, tmp_path / f"a{n}", seed=n) for n in range(2)}
+    asked = [(prompt, ("a0", "a1", None)[n % 3]) for n, prompt in enumerate(prompts_of(9, 12))]
+
+    def together(rows: int) -> list[list[int]]:
+        decoder = Decoder.load(base, "base", Room(rows=rows, chunk=32))
+        for digest, folder in folders.items():
+            decoder.add(digest, folder)
+        begun = [decoder.begin(prompt, greedy(12), adapter) for prompt, adapter in asked]
+        drain(decoder)
+        return [said(row) for row in begun]
+
+    assert together(9) == together(1)
 
 
 def test_a_row_wastes_less_than_a_block(decoder: Decoder) -> None:
