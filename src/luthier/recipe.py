@@ -29,6 +29,7 @@ class ChatForm(Section):
     system: str | None = None
     user: Text = "{prompt}"
     assistant: Text = "{completion}"
+    rejected: Text | None = Field(default=None, description="for pairs: the answer that was not preferred")
 
 
 class Source(Section):

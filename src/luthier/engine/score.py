@@ -34,6 +34,17 @@ def likelihood(
     runtime: Runtime, rows: Sequence[Row], adapter: str | None, tell: Callable[[int, int], None]
 ) -> Likelihood:
     """Rows are (token ids, mask of answer tokens), as `template.Encoded` has them."""
+    total = -sum(row_logps(runtime, rows, adapter, tell))
+    tokens = sum(sum(mask) for _, mask in rows)
+    loss = total / tokens
+    return Likelihood(loss, math.exp(loss) if loss < 700 else None, tokens)
+
+
+@torch.inference_mode()
+def row_logps(
+    runtime: Runtime, rows: Sequence[Row], adapter: str | None, tell: Callable[[int, int], None]
+) -> list[float]:
+    """Of each row, the sum of its answer tokens' log-probabilities."""
     ids = [ids for ids, _ in rows]
     learnt = [[t for t, learnt in enumerate(mask) if learnt] for _, mask in rows]
     if not any(learnt):
@@ -42,18 +53,17 @@ def likelihood(
     length = min(common_prefix(ids), min(places[0] for places in learnt if places) - 1)
     shared = runtime.read_shared(ids, length, adapter)
     start = shared.get_seq_length()
-    total, tokens, done = 0.0, 0, 0
+    sums_R, done = torch.zeros(len(rows), dtype=torch.float64), 0
     for batch in batches([len(row) - start for row in ids]):
         hidden_B_T_E, head = _hidden(runtime, [ids[n][start:] for n in batch], shared, adapter)
         at = [(b, t - 1 - start) for b, n in enumerate(batch) for t in learnt[n]]
         rows_N, places_N = torch.tensor(at).reshape(-1, 2).T
         targets_N = torch.tensor([ids[n][t] for n in batch for t in learnt[n]])
-        total -= float(token_logps(hidden_B_T_E[rows_N, places_N], head, targets_N).double().sum())
-        tokens += len(at)
+        logp_N = token_logps(hidden_B_T_E[rows_N, places_N], head, targets_N).double()
+        sums_R.index_add_(0, torch.tensor(batch)[rows_N], logp_N)
         done += len(batch)
         tell(done, len(rows))
-    loss = total / tokens
-    return Likelihood(loss, math.exp(loss) if loss < 700 else None, tokens)
+    return [float(total) for total in sums_R]
 
 
 def _hidden(

@@ -20,6 +20,7 @@ from luthier import artifacts, plugins
 from luthier.errors import ModelError
 
 VERSION = 1
+STARTS_AS_BASE = True  # B is 0: freshly attached it adds nothing
 USUAL_SHARE = (0.0001, 0.01)  # of all weights that train; outside of it a plan says so
 _HOST_FIELDS = ("peft_version", "auto_mapping", "revision", "runtime_config")
 

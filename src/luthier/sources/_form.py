@@ -16,7 +16,7 @@ from typing import Any
 
 from luthier.errors import DataError
 from luthier.plugins import unknown
-from luthier.rows import Row, chat, prompt
+from luthier.rows import Row, chat, pair, prompt
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}\n]*)\}")
 _BRACES = {"{{": "{", "}}": "}"}
@@ -30,12 +30,17 @@ class Form:
     assistant: str
     system: str | None
     values: Mapping[str, Mapping[str, str]]
+    rejected: str | None = None
 
 
 def read(record: Mapping[str, Any], form: Form | None, where: str, kind: str = "Chat") -> Row:
     """The record as a row of that kind: through `form`, or from its own `messages` when there is none."""
     if kind == "Prompt":
         return _prompt(record, form, where)
+    if kind == "Pair":
+        return _pair(record, form, where)
+    if form is not None and form.rejected is not None:
+        raise DataError("`chat.rejected` is for pairs, and this objective reads conversations", where=where)
     if form is None:
         if "messages" not in record:
             raise DataError(
@@ -49,6 +54,38 @@ def read(record: Mapping[str, Any], form: Form | None, where: str, kind: str = "
     if form.system is not None:
         turns.insert(0, ("system", form.system))
     return chat([{"role": role, "content": _filled(text, columns, where)} for role, text in turns], where)
+
+
+def _pair(record: Mapping[str, Any], form: Form | None, where: str) -> Row:
+    """A preference: through the form, as OpenAI writes it, or as lists of messages."""
+    if form is None:
+        if "preferred_output" in record:
+            asked = record.get("input")
+            if not isinstance(asked, Mapping):
+                raise DataError("`input` must be an object with `messages`", where=where)
+            sides = record["preferred_output"], record.get("non_preferred_output")
+            return pair(asked.get("messages"), *sides, where, asked.get("tools"))
+        if missing := [name for name in ("prompt", "chosen", "rejected") if name not in record]:
+            raise DataError(
+                f"no preference: the record has no `{missing[0]}` (it has: {_named(record)})",
+                where=where,
+                hint="a pair is {input, preferred_output, non_preferred_output}, or {prompt, chosen, "
+                "rejected} as messages; of plain columns: chat: {user: …, assistant: …, rejected: …}",
+            )
+        return pair(record["prompt"], record["chosen"], record["rejected"], where, record.get("tools"))
+    if form.rejected is None:
+        raise DataError(
+            "this objective reads pairs, and `chat` does not say what was rejected",
+            where=where,
+            hint="chat: {user: '{prompt}', assistant: '{chosen}', rejected: '{rejected}'}",
+        )
+    columns = _mapped(record, form.values, where)
+    asked = [("user", form.user)] if form.system is None else [("system", form.system), ("user", form.user)]
+    prompted, chosen, rejected = (
+        [{"role": role, "content": _filled(text, columns, where)} for role, text in turns]
+        for turns in (asked, [("assistant", form.assistant)], [("assistant", form.rejected)])
+    )
+    return pair(prompted, chosen, rejected, where)
 
 
 def _prompt(record: Mapping[str, Any], form: Form | None, where: str) -> Row:

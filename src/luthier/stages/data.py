@@ -123,7 +123,7 @@ def _read(source: Any, where: str, inputs: Inputs, kind: str) -> tuple[Pools, li
             raise DataError(plugins.unknown("label", label, LABELS), where=f"{where}.from.files")
     paths = origin.module.fetch(origin.params, inputs.root, inputs.cache, tell)
     form = source.chat and _form.Form(
-        source.chat.user, source.chat.assistant, source.chat.system, source.values
+        source.chat.user, source.chat.assistant, source.chat.system, source.values, source.chat.rejected
     )
     if source.values and not source.chat:
         raise DataError("`values` needs `chat`: it maps columns, not messages", where=f"{where}.values")

@@ -29,8 +29,8 @@ from luthier.engine.sampling import Sampling
 from luthier.engine.score import likelihood
 from luthier.errors import DataError, Interrupted
 from luthier.plugins import Part
-from luthier.rows import Chat, Message, again
-from luthier.stages import Event, Inputs, _graded
+from luthier.rows import Chat, Message, Pair, again
+from luthier.stages import Event, Inputs, _graded, _preferred
 from luthier.stages._rollouts import Exam as Graded
 
 TUNED = "tuned"
@@ -69,7 +69,9 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     memory.forget_peak()
     base, adapter = inputs.artefacts["model"] / "base", inputs.artefacts["train"] / "adapter"
     rows = _sample(_rows(inputs, section.split), section.rows, inputs.seed)
-    if not _by_reward(inputs):
+    exams = {"Chat": _exam, "Prompt": _graded_exam, "Pair": _preferred_exam}
+    kind = _objective(inputs).module.ROWS
+    if kind == "Chat":
         _answerable(rows, section.labels)
     tell = _heeding(inputs)
     tell(Event("evaluate", "loading the model", 0, len(rows)))
@@ -77,7 +79,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     runtime = Runtime.load(base)
     runtime.add(TUNED, adapter)
     exam = Exam(runtime, tokenizer, template.stop_ids(tokenizer), rows, section, tell)
-    card, samples, fitted_s = _graded_exam(exam, inputs) if _by_reward(inputs) else _exam(exam, inputs)
+    card, samples, fitted_s = exams[kind](exam, inputs)
     efficiency = _efficiency(exam, base, adapter, inputs.seed) | {"baseline_seconds": fitted_s}
     artifacts.write_json(out / "scorecard.json", card)
     artifacts.write_jsonl(out / "samples.jsonl", samples)
@@ -87,10 +89,6 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
 
 
 Found = tuple[dict[str, Any], list[dict[str, Any]], dict[str, float]]  # scorecard, samples, seconds to fit
-
-
-def _by_reward(inputs: Inputs) -> bool:
-    return "rollouts" in _objective(inputs).module.NEEDS
 
 
 def _objective(inputs: Inputs) -> Part:
@@ -119,6 +117,23 @@ def _exam(exam: Exam, inputs: Inputs) -> Found:
     card = _scorecard(exam, said, notes)
     card["loss"], card["perplexity"] = _likelihoods(exam, inputs.seed)
     return card, _samples(exam.rows, texts, said), fitted_s
+
+
+def _preferred_exam(exam: Exam, inputs: Inputs) -> Found:
+    """Pairs: which of both answers is likelier."""
+    del inputs
+    if exam.section.baselines or exam.section.labels:
+        raise DataError(
+            "baselines and labels need rows with a right answer; pairs are judged by which side is likelier",
+            where="evaluate",
+            hint="leave out `evaluate.baselines` and `evaluate.labels`",
+        )
+    pairs = [row for row in exam.rows if isinstance(row, Pair)]
+    found, samples = _preferred.judge(
+        exam.runtime, exam.tokenizer, pairs, lambda who: _progress(exam.tell, who)
+    )
+    asked = {"split": exam.section.split, "labels": [], "positive": None, "likelihood_rows": len(pairs)}
+    return found | asked | {"max_new_tokens": exam.section.max_new_tokens}, samples, {}
 
 
 def _graded_exam(exam: Exam, inputs: Inputs) -> Found:
@@ -309,7 +324,7 @@ def _samples(
 
 
 def _facts(card: dict[str, Any], efficiency: dict[str, Any]) -> dict[str, Any]:
-    shown = ("accuracy", "reward", "low", "high", "f1", "unparsed", "note")
+    shown = ("accuracy", "reward", "preferred", "margin", "low", "high", "f1", "unparsed", "note")
     systems = card["systems"].items()
     return {
         "rows": card["rows"],

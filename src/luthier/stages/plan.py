@@ -240,6 +240,10 @@ def _timed(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> dict[s
     memory.release()
     descent, look = pace.fit(timed), pace.fit(looked)
     seconds = descent.seconds(training) + looks(work, phase) * look.seconds(validation)
+    if "reference" in phase.objective.module.NEEDS:  # which is asked once of every row
+        rows = batch.flat(work.loader.rows.values())
+        asked = [*layout.step(rows, chosen.micro_tokens), *held_out]
+        seconds += look.seconds(flops.validation(shape, at).total for at in asked)
     return {
         "minutes": seconds / 60,
         "packing_gap": gap,
@@ -271,7 +275,7 @@ def _probe(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> tuple[
 
     def descend(micro: Batch) -> None:
         logp_N = head.batch_logps(model, micro, head.TILE, formulas)
-        phase.objective.module.loss(logp_N, None, micro, params).total.backward()
+        phase.objective.module.loss(logp_N, micro.reference_N, micro, params).total.backward()
 
     model.train()
     descend(made[0][0])  # warms caches up and makes the gradients' memory; the smallest will do
@@ -287,7 +291,9 @@ def _probe(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> tuple[
 
 
 def _taught(micro: Batch, objective: Any) -> Batch:
-    """With what an objective reads beside the tokens: an answer that is as good as any."""
+    """With what an objective reads beside the tokens: an answer as good as any, a reference of no opinion."""
+    if "reference" in objective.module.NEEDS:
+        micro = replace(micro, reference_N=torch.zeros(len(micro.targets_N)))
     if "rollouts" not in objective.module.NEEDS:
         return micro
     return replace(micro, advantages_D=torch.ones(len(micro.lengths_D)))

@@ -172,7 +172,9 @@ def _card(section: Any, inputs: Inputs, evidence: Evidence, verdicts: list[dict[
     data = artifacts.read_json(inputs.artefacts["data"] / "card.json")
     phase = artifacts.read_json(inputs.artefacts["train"] / "phase.json")
     card = evidence.scorecard
-    shown = ("reward", "low", "high") if "measure" in card else ("accuracy", "low", "high", "f1")
+    shown = (
+        ("reward", "low", "high") if card.get("measure") == "reward" else ("accuracy", "low", "high", "f1")
+    )
     return {
         "name": inputs.name,
         "intended_use": section.intended_use,

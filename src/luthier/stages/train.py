@@ -28,7 +28,7 @@ from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
 from luthier.objectives import Batch
 from luthier.rows import again
-from luthier.stages import Event, Inputs, _kept, _rollouts
+from luthier.stages import Event, Inputs, _kept, _reference, _rollouts
 from luthier.stages._descent import (
     CURVE,
     JOURNALS,
@@ -76,6 +76,8 @@ def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict
     work = _prepare(section[0], plan, inputs, place)
     if "rollouts" in section[0].objective.module.NEEDS:
         work = _rollouts.ready(work, plan, inputs)
+    if "reference" in section[0].objective.module.NEEDS:
+        work = _reference.ready(work, plan, inputs)
     progress = resume(work)
     with Saver(work.folder) as saver:
         descend(work, progress, saver)
@@ -89,7 +91,7 @@ def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict
 
 def _prepare(phase: Any, plan: Any, inputs: Inputs, place: Placement) -> Work:
     objective, method = phase.objective, phase.method
-    if lacking := objective.module.NEEDS - {"rollouts"}:
+    if lacking := objective.module.NEEDS - {"rollouts", "reference"}:
         raise TrainError(f"{objective.name} needs {', '.join(sorted(lacking))}", where="train")
     inputs.tell(Event("train", "loading the base model", 0, plan["steps"]))
     base = inputs.artefacts["model"] / "base"
