@@ -49,7 +49,7 @@ class World:
         assert not more
         return told
 
-    def until(self, job: Job, *states: str, seconds: float = 240) -> Job:
+    def until(self, job: Job, *states: str, seconds: float = 600) -> Job:
         return wait(lambda: _in(self.queue.get(None, job.id), states or ENDED), seconds)
 
 
@@ -57,7 +57,7 @@ def _in(job: Job, states: tuple[str, ...]) -> Job | None:
     return job if job.status in states else None
 
 
-def wait(look: Callable[[], Any], seconds: float = 240) -> Any:
+def wait(look: Callable[[], Any], seconds: float = 600) -> Any:
     """What `look` finds, once it finds something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -16,6 +16,7 @@ from luthier import tuned
 from luthier.jobs.records import ENDED, Job
 from tests.jobs.place import World, chats, make_world, start, wait, working
 
+pytestmark = pytest.mark.timeout(1200)  # many processes begin here, on a machine that may be busy
 LONG = {"n_epochs": 15, "batch_size": 3}  # of 12 rows: 60 steps
 
 

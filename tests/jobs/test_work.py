@@ -17,6 +17,8 @@ from luthier.training_file import Kind
 from tests.e2e.world import luthier
 from tests.jobs.place import TENANT, World, chats, jsonl, wait, working
 
+pytestmark = pytest.mark.timeout(900)
+
 
 def test_a_job_goes_from_files_to_a_model_and_tells_every_step_once(world: World) -> None:
     job = world.create(
