@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import socket
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,27 @@ def test_preferences_become_pairs() -> None:
         "chosen": record["preferred_output"],
         "rejected": record["non_preferred_output"],
     }
+
+
+def test_a_preference_job_goes_from_pairs_to_a_model(world: World) -> None:
+    pairs = [
+        {
+            "input": {"messages": chats(12)[n]["messages"][:1]},
+            "preferred_output": [{"role": "assistant", "content": "short"}],
+            "non_preferred_output": [{"role": "assistant", "content": "a long and winding answer"}],
+        }
+        for n in range(12)
+    ]
+    settings = {"n_epochs": 2, "batch_size": 4, "beta": 0.2, "learning_rate_multiplier": 20}
+    method = {"type": "dpo", "dpo": {"hyperparameters": settings}}
+    job = world.create(training_file=world.upload(pairs), method=method, suffix="dpo", seed=2)
+    with working(world):
+        done = world.until(job)
+    assert done.status == "succeeded", done.error
+    said = ask.job_object(done)
+    assert said["method"] == {"type": "dpo", "dpo": {"hyperparameters": settings}}
+    losses = [event.data["train_loss"] for event in world.events(job) if "train_loss" in event.data]
+    assert len(losses) == 6 and abs(losses[0] - math.log(2)) < 1e-3 and losses[-1] < losses[0]
+    recipe = done.recipe or {}
+    assert recipe["train"][0]["objective"]["name"] == "dpo"
+    assert recipe["train"][0]["objective"]["beta"] == 0.2
