@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,10 +17,8 @@ import pytest
 
 from luthier.errors import ServeError
 from luthier.http.server import Door, serve
-from tests.http.running import ROOT, Client, body, command, spawn
-from tests.serving.make_home import PROMPTS, TOKENS, World, copy_home
-
-FLIPS = 12
+from tests.http.running import Client, body, spawn
+from tests.serving.make_home import World, copy_home
 
 
 class Server:
@@ -46,59 +43,6 @@ def server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     if server.process is not None:
         server.process.kill()
         server.process.wait()
-
-
-def load(client: Client, done: threading.Event, seen: list[tuple[float, float, str, httpx.Response]]) -> None:
-    n = 0
-    with client.open() as http:
-        while not done.is_set():
-            prompt = PROMPTS[n % len(PROMPTS)]
-            began = time.monotonic()
-            response = http.post("/v1/chat/completions", json=body(prompt, max_tokens=TOKENS))
-            seen.append((began, time.monotonic(), prompt, response))
-            n += 1
-
-
-def test_aliases_flip_under_load_without_a_failure_or_a_mixed_answer(server: Server, tmp_path: Path) -> None:
-    client, world = server.ensure(), server.world
-    first = world.store.resolve("guard", "production")
-    seen: list[tuple[float, float, str, httpx.Response]] = []
-    done = threading.Event()
-    threads = [threading.Thread(target=load, args=(client, done, seen)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    stop = tmp_path / "stop"
-    words = command("flip", world.home.path, stop)
-    moving = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert moving.stdout is not None
-    flips = [(0.0, 0.0, first)]
-    for line in moving.stdout:
-        flips.append(tuple(json.loads(line)))
-        if len(flips) > FLIPS and len(seen) >= 200:
-            stop.touch()
-    assert moving.wait() == 0
-    done.set()
-    for thread in threads:
-        thread.join()
-
-    assert len(seen) >= 200 and len(flips) > 10
-    answered_by = set()
-    for began, ended, prompt, response in seen:
-        assert response.status_code == 200, response.text
-        release = response.headers["x-luthier-release"]
-        answer, said = world.answers[release, prompt], response.json()
-        assert said["choices"][0]["message"]["content"] == answer.text
-        assert said["choices"][0]["finish_reason"] == answer.reason
-        assert said["usage"]["completion_tokens"] == len(answer.tokens)
-        until = [*(before_after[1] for before_after in flips[1:]), float("inf")]
-        stood = {
-            digest
-            for (start, _, digest), end in zip(flips, until, strict=True)
-            if start <= ended and began <= end
-        }
-        assert release in stood  # not only within a second: from the next request on
-        answered_by.add(release)
-    assert answered_by == set(world.releases)
 
 
 def test_a_killed_server_starts_again_on_the_same_port_and_answers(server: Server) -> None:

@@ -119,7 +119,7 @@ def publish(home: Home, folder: Path) -> str:
     return digest
 
 
-def reference(home: Home, model: str, digest: str) -> dict[str, Answer]:
+def reference(home: Home, model: str, digest: str, prompts: tuple[str, ...] = PROMPTS) -> dict[str, Answer]:
     """Greedy answers the way a stranger gets them."""
     base = home.artifact(model) / "base"
     tokenizer = template.load_tokenizer(base)
@@ -128,7 +128,7 @@ def reference(home: Home, model: str, digest: str) -> dict[str, Answer]:
     )
     stops = template.stop_ids(tokenizer)
     found = {}
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = torch.tensor([template.prompt_ids(tokenizer, asked(prompt))])
         out = tuned.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS,

@@ -128,3 +128,16 @@ def test_a_closing_desk_fails_what_did_not_end_in_time_and_takes_nothing_more(wo
         assert isinstance(last(events), Failed)
     with pytest.raises(ServeError, match="shutting down"):
         service.worker.require_room()
+
+
+def test_what_one_tenant_asked_is_not_found_by_another(service: Service) -> None:
+    def found(tenant: str) -> int:
+        before = service.engine.counts().found_blocks
+        target = service.router.resolve("guard")
+        given = service.prepare(target, asked("a secret that is long enough " * 4), Options(max_tokens=2))
+        events, _ = submit(service, given, tenant)
+        assert isinstance(last(events), End)
+        return service.engine.counts().found_blocks - before
+
+    assert found("one") == 0 and found("one") > 4
+    assert found("another") == 0 and found("another") > 4

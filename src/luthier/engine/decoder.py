@@ -250,6 +250,7 @@ class Decoder:
             self._match(row)
             needed = -(-(len(row.ids) + 1) // BLOCK) - len(row.blocks)
             if self._running and needed + len(self._running) > self.pool.available:
+                self.pool.found -= len(row.blocks)
                 self._release(row)
                 return
             self._running.append(self._waiting.popleft())
@@ -265,7 +266,7 @@ class Decoder:
 
     def _key(self, row: Growing, number: int) -> bytes:
         while len(row.keys) <= number:
-            before = row.keys[-1] if row.keys else pages.root(self._base_digest, row.adapter)
+            before = row.keys[-1] if row.keys else pages.root(self._base_digest, row.adapter, row.salt)
             at = len(row.keys) * BLOCK
             row.keys.append(pages.chain(before, row.ids[at : at + BLOCK]))
         return row.keys[number]

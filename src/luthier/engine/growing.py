@@ -59,6 +59,7 @@ class Growing:
     prompt: int
     score: bool = False
     pooled: Tensor | None = None
+    salt: str | None = None  # what it reads is found again by those with the same one only
     read: int = 0
     named: int = 0
     blocks: list[int] = field(default_factory=list)

@@ -3,7 +3,8 @@
 Sources: paged attention (Kwon et al. 2023, arXiv 2309.06180); prefix caching by a chain of hashes, as in vLLM
 (https://docs.vllm.ai/en/latest/design/prefix_caching.html). A chain begins with what the tokens were read
 under (the base's and the adapter's digest), so a block is found again only under the very same weights:
-a name never is a key, and new weights under an old name find nothing of the old ones.
+a name never is a key, and new weights under an old name find nothing of the old ones. A salt beside them
+keeps those apart who may not learn from its speed what another has asked (vLLM's `cache_salt`).
 
 A block is free, held by one or more sequences, or idle: nobody holds it, but its content is known and may be
 found again, until it is the longest unused one and its room is needed. It knows numbers only, no tensors.
@@ -27,6 +28,7 @@ class Pool:
         self._key_of: dict[int, bytes] = {}
         self._found: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # the longest unused first
+        self.found = self.filled = 0  # full blocks found again, and computed, since the start
 
     @property
     def available(self) -> int:
@@ -62,6 +64,7 @@ class Pool:
     def name(self, block: int, key: bytes) -> None:
         """A held block is full, and this is its content. Of two with the same content the first is kept."""
         if key not in self._found and block not in self._key_of:
+            self.filled += 1
             self._key_of[block] = key
             self._found[key] = block
 
@@ -76,6 +79,7 @@ class Pool:
                 del self._idle[block]
             self._holders[block] += 1
             blocks.append(block)
+        self.found += len(blocks)
         return blocks
 
     def forget(self) -> None:

@@ -32,6 +32,10 @@ class Meter:
         worker, journal = service.worker, service.journal
         self._gauge("luthier_in_flight", "answers growing now", lambda: worker.counts().active)
         self._gauge("luthier_queue", "requests waiting for a turn", lambda: worker.counts().waiting)
+        self._gauge("luthier_blocks", "blocks of the cache", lambda: worker.counts().blocks)
+        self._gauge("luthier_blocks_held", "blocks that answers hold", lambda: worker.counts().held_blocks)
+        self._gauge("luthier_blocks_found", "blocks not read again", lambda: worker.counts().found_blocks)
+        self._gauge("luthier_blocks_filled", "blocks computed", lambda: worker.counts().filled_blocks)
         self._gauge("luthier_request_log_dropped", "records the log missed", lambda: journal.dropped)
 
     def _gauge(self, name: str, meaning: str, read: Callable[[], float]) -> None:

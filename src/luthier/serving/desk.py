@@ -22,9 +22,9 @@ from functools import partial
 from typing import Protocol
 
 from luthier.errors import LuthierError, ServeError
-from luthier.serving.limits import Limits, busy
+from luthier.serving.limits import Counts, Limits, busy
 from luthier.serving.router import Target
-from luthier.serving.worker import Ask, Counts, End, Event, Failed, Said, Sink
+from luthier.serving.worker import Ask, End, Event, Failed, Said, Sink
 
 WRITTEN = 2.0  # what a written token costs beside a read one
 QUEUE = 4096  # the desk bounds the queue; the engine's own behind it only has to be no narrower
@@ -85,7 +85,8 @@ class Desk:
 
     def submit(self, ask: Ask, sink: Sink, turn: Turn | None = None) -> Callable[[], None]:
         """Queue an answer; returns what cancels it. Raises `Busy`, or a `ServeError`."""
-        line = _Line(ask, sink, turn or Turn())
+        turn = turn or Turn()
+        line = _Line(replace(ask, salt=turn.tenant), sink, turn)  # no tenant can time another's prompts
         self.engine.require_room()
         with self._changed:
             out = self._admit(line)

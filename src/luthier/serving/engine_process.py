@@ -30,10 +30,10 @@ from pathlib import Path
 
 from luthier.errors import LuthierError, ServeError
 from luthier.serving import wire
-from luthier.serving.limits import Limits
+from luthier.serving.limits import Counts, Limits
 from luthier.serving.link import Link, Message
 from luthier.serving.router import Target
-from luthier.serving.worker import Ask, Counts, End, EngineFailed, Event, Failed, Sink
+from luthier.serving.worker import Ask, End, EngineFailed, Event, Failed, Sink
 
 CRASHES, WINDOW_S, OPEN_S = 5, 60.0, 30.0
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0)

@@ -1,4 +1,4 @@
-"""How much one server takes on at once, and the error that says it is full.
+"""How much one server takes on at once, how much it has taken on, and the error that says it is full.
 
 RFC 6585 §4 (429 Too Many Requests) and RFC 9110 §10.2.3 (Retry-After) are the source of `Busy`.
 It does not know keys or tenants: the limits here are the whole server's.
@@ -40,6 +40,21 @@ class Limits:
 
 
 DEFAULTS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What an engine has to do: answers that grow or wait, and the cache's blocks: all there are, those that
+    somebody holds, and of the full ones how many were found again and how many were computed since it
+    started. `turns` grows as long as the engine gets on."""
+
+    active: int
+    waiting: int
+    blocks: int = 0
+    held_blocks: int = 0
+    found_blocks: int = 0
+    filled_blocks: int = 0
+    turns: int = 0
 
 
 class Busy(ServeError):

@@ -13,8 +13,9 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 
 from luthier.errors import LuthierError
+from luthier.serving.limits import Counts
 from luthier.serving.router import Target
-from luthier.serving.worker import Ask, Counts, EngineFailed, Event, Failed, Heard
+from luthier.serving.worker import Ask, EngineFailed, Event, Failed, Heard
 
 ASK, TARGET, COUNTS = TypeAdapter(Ask), TypeAdapter(Target), TypeAdapter(Counts)
 EVENTS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in get_args(Heard)}

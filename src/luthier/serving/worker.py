@@ -27,7 +27,7 @@ from luthier.engine.grammar import Grammar, constraint
 from luthier.engine.growing import Ended, Growing, Grown, Room
 from luthier.engine.sampling import Chooser, Chosen, Sampling
 from luthier.errors import LuthierError, ServeError
-from luthier.serving.limits import Limits, busy
+from luthier.serving.limits import Counts, Limits, busy
 from luthier.serving.router import Target
 from luthier.serving.text import Unfolding
 
@@ -98,7 +98,8 @@ Sink = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One answer to give, as plain data. `embed` asks for a vector and for no word."""
+    """One answer to give, as plain data. `embed` asks for a vector and for no word; what is read under one
+    `salt` is not found again under another."""
 
     target: Target
     prompt_ids: tuple[int, ...]
@@ -108,16 +109,7 @@ class Ask:
     grammar: Grammar | None = None
     score_prompt: bool = False
     embed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Answers that grow or wait, and the cache's blocks: all there are, and those that somebody holds."""
-
-    active: int
-    waiting: int
-    blocks: int = 0
-    held_blocks: int = 0
+    salt: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +138,7 @@ class Worker:
         self._writers: dict[str, Any] = {}  # per base, a tokenizer that only this thread uses
         self._closing_at: float | None = None
         self._mean_s = 1.0
+        self._turns = 0
         self._thread = threading.Thread(target=self._run, name="luthier-worker", daemon=True)
 
     def start(self) -> None:
@@ -185,7 +178,8 @@ class Worker:
         with self._wake:
             pools = [decoder.pool for decoder in tuple(self._bases.values())]
             blocks, held = sum(pool.blocks for pool in pools), sum(pool.held for pool in pools)
-            return Counts(len(self._active), len(self._waiting), blocks, held)
+            found, filled = sum(pool.found for pool in pools), sum(pool.filled for pool in pools)
+            return Counts(len(self._active), len(self._waiting), blocks, held, found, filled, self._turns)
 
     @property
     def alive(self) -> bool:
@@ -212,6 +206,7 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._tidy():
+                self._turns += 1
                 while self._chores:
                     self._chore(*self._chores.popleft())
                 for line in [line for line in self._active if line.row is None]:
@@ -260,6 +255,7 @@ class Worker:
             chooser = Chooser(ask.sampling, None if ask.grammar is None else constraint(ask.grammar, writer))
             how = (chooser, ask.target.adapter_digest, ask.stop_ids, ask.score_prompt, ask.embed)
             line.row = decoder.begin(ask.prompt_ids, *how)
+            line.row.salt = ask.salt
         except LuthierError as error:
             self._leave(line, Failed(error))
         except Exception as error:
