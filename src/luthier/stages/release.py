@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from luthier import artifacts, cards, template
-from luthier.engine.generate import Runtime
+from luthier.engine.decoder import Decoder
+from luthier.engine.growing import Room
 from luthier.engine.sampling import Sampling
 from luthier.errors import Interrupted, LuthierError
 from luthier.gates import Evidence, Verdict
@@ -34,9 +35,11 @@ class Rehearsal:
     """The serving engine with the saved adapter, and the log of what it was asked."""
 
     def __init__(self, inputs: Inputs, stop_ids: frozenset[int], max_new_tokens: int) -> None:
-        self.runtime = Runtime.load(inputs.artefacts["model"] / "base")
+        base = inputs.artefacts["model"]
+        digest = str(artifacts.read_json(base / "base.json")["digest"])
+        self.decoder = Decoder.load(base / "base", digest, Room(rows=1, adapters=1))
         self.adapter = inputs.digests["train"]
-        self.runtime.add(self.adapter, inputs.artefacts["train"] / "adapter")
+        self.decoder.add(self.adapter, inputs.artefacts["train"] / "adapter")
         self.model, self.stop_ids, self.max_new_tokens = f"{inputs.name}@rehearsal", stop_ids, max_new_tokens
         self.stopping = inputs.stopping
         self.answers: dict[tuple[int, ...], list[int]] = {}
@@ -50,7 +53,7 @@ class Rehearsal:
         if self.stopping():
             raise Interrupted("stopped while rehearsing", hint="the same command rehearses again")
         began, first, tokens = time.perf_counter(), None, []
-        for token in self.runtime.stream(prompt, Sampling(self.max_new_tokens), self.adapter, self.stop_ids):
+        for token in self.decoder.stream(prompt, Sampling(self.max_new_tokens), self.adapter, self.stop_ids):
             first = time.perf_counter() - began if first is None else first
             tokens.append(token)
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
