@@ -142,7 +142,7 @@ def verdicts(card: Mapping[str, Any]) -> list[dict[str, Any]]:
             "gate": "parity",
             "passed": True,
             "reason": "all 50 answers equal plain transformers + peft",
-            "evidence": {"probes": 50, "excused_ties": [], "differing": []},
+            "evidence": {"probes": 50, "excused": [], "differing": []},
         },
     ]
 
