@@ -1,6 +1,7 @@
 """Starting and stopping: claim the port, load what is in production, answer, leave in good order.
 
-uvicorn (https://www.uvicorn.org) speaks HTTP/1.1. On SIGTERM or Ctrl-C no new request is taken, those under
+uvicorn (https://www.uvicorn.org) speaks HTTP/1.1. Who does not read is cut off
+(`http.patience`). On SIGTERM or Ctrl-C no new request is taken, those under
 way may finish within the grace time, what is then left gets a well-formed error, and the request log is
 written out. It does not know TLS; bind to this machine, or put a proxy that does in front.
 """
@@ -24,6 +25,7 @@ from luthier.errors import ServeError
 from luthier.home import Home
 from luthier.http.app import create_app
 from luthier.http.auth import new_key
+from luthier.http.patience import Patient
 from luthier.jobs.work import hired
 from luthier.serving.limits import DEFAULTS, Limits
 from luthier.serving.service import Service
@@ -60,7 +62,7 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
         uploads.sweep()
         config = uvicorn.Config(
             create_app(service, key, uploads),
-            http="h11",
+            http=Patient,
             ws="none",
             lifespan="off",
             log_config=None,

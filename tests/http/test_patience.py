@@ -1,0 +1,57 @@
+"""Clients that ask and do not read: cut off in the end, and nobody else's trouble."""
+
+from __future__ import annotations
+
+import json
+import socket
+from urllib.parse import urlsplit
+
+import pytest
+
+from luthier.http import patience
+from luthier.serving.limits import Limits
+from tests.http.running import Client, body, threaded
+from tests.http.test_chat import gauge, until
+from tests.serving.make_home import PROMPTS, TOKENS, World, copy_home
+
+SECRET = "a slow reader's prompt"
+
+
+def unread(client: Client) -> socket.socket:
+    """A stream is asked for over a connection with hardly any room, and not read."""
+    place = urlsplit(client.url)
+    sent = json.dumps(body(SECRET, max_tokens=1900, stream=True)).encode()
+    head = f"Host: x\r\nAuthorization: Bearer {client.key}\r\nContent-Length: {len(sent)}\r\n\r\n"
+    wire = socket.socket()
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    wire.settimeout(30)
+    wire.connect((place.hostname, place.port))
+    wire.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + sent)
+    return wire
+
+
+def test_who_does_not_read_or_a_byte_at_a_time_holds_its_own_place_until_it_is_cut_off(
+    world: World, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "SEND_S", 2.0)
+    monkeypatch.setattr(patience, "BUFFER_BYTES", 8192)
+    own = copy_home(world, tmp_path_factory.mktemp("slow") / "home")
+    with (
+        threaded(own.store, own.home, limits=Limits(active=3, waiting=3)) as client,
+        unread(client),
+        unread(client) as trickling,
+    ):
+        for _ in range(6):
+            response = client.ask(body(PROMPTS[0], max_tokens=TOKENS))
+            answer = own.answers[own.releases[0], PROMPTS[0]]
+            assert response.json()["choices"][0]["message"]["content"] == answer.text
+
+        def settled() -> bool:
+            trickling.recv(1)
+            return gauge(client, "luthier_in_flight") + gauge(client, "luthier_queue") == 0
+
+        until(settled)
+        assert gauge(client, "luthier_blocks_held") == 0
+        until(lambda: sum(record.status == 499 for record in own.store.requests()) == 2)
+    slow = [record for record in own.store.requests() if record.status == 499]
+    assert len(slow) == 2 and all(0 < record.completion_tokens < 1900 for record in slow)
