@@ -5,7 +5,7 @@
 Every configuration is a random-weight model, rows of random words and a recipe, taken through data, model,
 plan and train in a fresh process; `--guard HOME` adds `examples/guard.yaml`'s real base, in that home. Peaks
 are the kernel's (`VmHWM`) of the train stage. The result is written after every run, and what is in it
-already is not run again. `FITTING` holds the configurations that the constants of `engine/footprint.py`
+already is not run again. `FITTING` holds the configurations that the constants of `forecast/footprint.py`
 were set on; `HELD_OUT` shares none of them.
 
 Times mean something on a quiet machine alone; memory does not care.
@@ -216,7 +216,7 @@ def inside(asked: argparse.Namespace) -> None:
 def measured(
     about: dict[str, Any], stages: dict[str, Any], steps: list[Any], tokens: list[int]
 ) -> dict[str, Any]:
-    from luthier.engine import pace
+    from luthier.forecast import pace
 
     plan, train = stages["plan"].facts, stages["train"].facts
     timed = [(count, step["seconds"]) for count, step in zip(tokens, steps, strict=True)]

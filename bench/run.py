@@ -115,7 +115,7 @@ def begin(asked: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """What the runs ran on, and what its cores reach in a matrix product (a second's measurement)."""
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    probe = "import json; from luthier.engine import host; print(json.dumps(host.probe().as_dict()))"
+    probe = "import json; from luthier.forecast import host; print(json.dumps(host.probe().as_dict()))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     return {
         "cpu": cpu[0] if cpu else platform.processor(),

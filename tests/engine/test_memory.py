@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from luthier.engine import base, host, memory
+from luthier.engine import base, memory
 
 
 def test_an_outline_has_the_shapes_of_the_model_and_none_of_its_bytes(tiny_base: Path) -> None:
@@ -22,10 +22,3 @@ def test_the_peak_is_at_least_what_is_resident() -> None:
     peak = memory.peak_rss_bytes()
     del block
     assert peak >= 50_000_000 and memory.rss_bytes() > 0 and memory.peak_rss_bytes() >= memory.rss_bytes()
-
-
-def test_the_host_probe_is_quick_and_complete() -> None:
-    found = host.probe(0.1)
-    assert found.cores >= 1 and 0 < found.memory_free_bytes <= found.memory_total_bytes
-    assert min(found.bf16_flops, found.fp32_flops, found.read_bytes_s) > 0
-    assert set(found.as_dict()) >= {"cores", "flags", "native_bf16"}

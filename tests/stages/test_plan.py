@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from luthier import artifacts, template
 from luthier.devices import DEVICES
-from luthier.engine import footprint, layout
-from luthier.engine.footprint import Checkpointing
 from luthier.errors import PlanError, TrainError
+from luthier.forecast import footprint, layout
+from luthier.forecast.footprint import Checkpointing
 from luthier.rows import chat
 from luthier.stages import Inputs, _offers, plan, train
 from luthier.stages.plan import MICRO_TOKENS

@@ -4,7 +4,7 @@
 `attention` keeps them apart (`varlen`: on a GPU), `head` turns hidden states into log-probabilities, `base`
 loads a model and proves all this on it, `kernels` are a layer's formulas (`native`: in C++) and `fused` the
 layers made of them, `placement` says who computes what, `loop` descends, `launch` starts several processes,
-`checkpoint` survives and `saver` writes it aside, `memory` and `host` say what fits, `generate` answers and
+`checkpoint` survives and `saver` writes it aside, `memory` says what there is, `generate` answers and
 `score` judges. Read them in that order.
 """
 

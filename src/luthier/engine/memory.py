@@ -2,7 +2,7 @@
 
 Sources: `VmRSS` and `VmHWM` of /proc/self/status and `clear_refs` (proc(5)); glibc's `malloc_trim`;
 /proc/meminfo and the limits of cgroup v1 and v2 (kernel documentation).
-What training will take is `engine.footprint`'s work. It does not know GPUs.
+What training will take is `forecast.footprint`'s work. It does not know GPUs.
 """
 
 from __future__ import annotations

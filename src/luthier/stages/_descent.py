@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from luthier import artifacts
-from luthier.engine import checkpoint, loop, memory, pace, placement
+from luthier.engine import checkpoint, loop, memory, placement
 from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
+from luthier.forecast import pace
 from luthier.stages import Event, _kept
 
 CURVE, VALIDATION, LEDGER = "curve.jsonl", "validation.jsonl", "ledger.jsonl"

@@ -1,7 +1,7 @@
 """What a training would take on a device of the table: closed forms alone, nothing of it is measured here.
 
-Sources: the device's data sheet (`luthier.devices`), `engine.footprint` for memory, `engine.flops` and
-`engine.pace` for time. It does not know what such a device does beside this work.
+Sources: the device's data sheet (`luthier.devices`), `forecast.footprint` for memory, `forecast.flops` and
+`forecast.pace` for time. It does not know what such a device does beside this work.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.devices import DEVICES, Device
-from luthier.engine import batch, fit, flops, layout, pace
-from luthier.engine.footprint import Checkpointing, How
+from luthier.engine import batch
+from luthier.forecast import fit, flops, layout, pace
+from luthier.forecast.footprint import Checkpointing, How
 from luthier.stages import _kept
 
 DEVICE_TOKENS = 8192  # of a micro-batch; more does not train faster

@@ -1,7 +1,7 @@
 """What a recipe could change where nothing fits: each offer alone, forecast to fit before it is made.
 
-Source: the closed forms of `engine.footprint` over the micro-batches that will really come. It does not know
-what the user would rather give up.
+Source: the closed forms of `forecast.footprint` over the micro-batches that will really come. It does not
+know what the user would rather give up.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from luthier.engine import fit
-from luthier.engine.footprint import Checkpointing
 from luthier.errors import PlanError
+from luthier.forecast import fit
+from luthier.forecast.footprint import Checkpointing
 from luthier.stages._elsewhere import Work, roomy
 
 Kinds = tuple[Checkpointing, ...]

@@ -15,10 +15,10 @@ from typing import Any
 
 from luthier import artifacts, metrics
 from luthier.engine import batch, rollout
-from luthier.engine.footprint import Shape
 from luthier.engine.generate import Runtime
 from luthier.engine.rollout import Asked, Drawing
 from luthier.errors import PlanError
+from luthier.forecast.footprint import Shape
 from luthier.plugins import Part
 from luthier.rows import Prompt, again
 from luthier.stages import Inputs

@@ -3,8 +3,8 @@
 Decisions (processes, threads of each, number type, tokens in a micro-batch, what is computed again) go to
 `plan.json`; they follow from the recipe, the rows, the base and the kind of machine, so they are the same
 each time and may key the training. Predictions (bytes by kind, minutes, money, energy) come from closed forms
-(`engine.footprint`, `engine.flops`) over the micro-batches that will really come, and from a few of them on
-the real model (`engine.pace`); with all that was measured they go to `observed/`.
+(`forecast.footprint`, `forecast.flops`) over the micro-batches that will really come, and from a few of them
+on the real model (`forecast.pace`); with all that was measured they go to `observed/`.
 
 Training on this machine will not start from a plan for a device of the table (`stages._elsewhere`). It does
 not know what else will run meanwhile.
@@ -24,9 +24,10 @@ import torch
 from luthier import artifacts, template
 from luthier.devices import DEVICES, Device
 from luthier.engine import base as bases
-from luthier.engine import batch, fit, flops, footprint, fused, head, host, layout, memory, native, pace
-from luthier.engine.footprint import Checkpointing
+from luthier.engine import batch, fused, head, memory, native
 from luthier.errors import DataError, PlanError
+from luthier.forecast import fit, flops, footprint, host, layout, pace
+from luthier.forecast.footprint import Checkpointing
 from luthier.objectives import Batch
 from luthier.rows import again
 from luthier.stages import Event, Inputs, _rollouts, _sampling

@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from luthier.engine import batch, flops, footprint, fused, head, layout, native
+from luthier.engine import batch, fused, head, native
 from luthier.engine.attention import IMPLEMENTATION
-from luthier.engine.footprint import Checkpointing
+from luthier.forecast import flops, footprint, layout
+from luthier.forecast.footprint import Checkpointing
 from luthier.template import Encoded
 from tests.engine.tiny_families import FAMILIES
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from luthier.engine import batch, footprint, layout, trie
-from luthier.engine.footprint import Checkpointing, Forecast, How, Shape
-from luthier.engine.layout import Layout
+from luthier.engine import batch, trie
+from luthier.forecast import footprint, layout
+from luthier.forecast.footprint import Checkpointing, Forecast, How, Shape
+from luthier.forecast.layout import Layout
 from luthier.template import Encoded
 
 Steps = tuple[tuple[Encoded, ...], ...]

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from luthier.devices import BANDWIDTH_SHARE, COMPUTE_SHARE, LAUNCH_S, Device
-from luthier.engine.flops import Flops
-from luthier.engine.footprint import Shape, layer_bytes, weights_bytes
-from luthier.engine.layout import Layout
+from luthier.forecast.flops import Flops
+from luthier.forecast.footprint import Shape, layer_bytes, weights_bytes
+from luthier.forecast.layout import Layout
 
 WINDOW = 20  # finished steps that the time left is judged by
 LAUNCHES_A_LAYER = 110  # kernels of one layer, forward and back, with adapters on every product

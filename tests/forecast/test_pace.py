@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from luthier.devices import DEVICES
-from luthier.engine import flops, footprint, layout, pace
+from luthier.forecast import flops, footprint, layout, pace
 from luthier.methods import lora
 from luthier.template import Encoded
-from tests.engine.test_published_arithmetic import LLAMA_3_8B
+from tests.forecast.test_published_arithmetic import LLAMA_3_8B
 
 
 def test_a_fixed_time_and_a_rate_are_told_apart() -> None:

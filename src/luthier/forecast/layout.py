@@ -1,8 +1,8 @@
 """A micro-batch as numbers: what `batch.collate` and `Documents` make of rows, without tensors.
 
 Source: the same functions that lay out the real ones (`trie.grow`, `documents.grouped`), so that what is
-counted here is what will be computed and kept. Memory (`engine.footprint`) and operations (`engine.flops`)
-are closed forms of these numbers.
+counted here is what will be computed and kept. Memory (`forecast.footprint`) and operations
+(`forecast.flops`) are closed forms of these numbers.
 
 It does not know models.
 """

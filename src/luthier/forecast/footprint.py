@@ -2,8 +2,8 @@
 
 Sources: the shapes in the model's configuration; what `engine.fused`, `engine.attention` and `engine.head`
 keep from the forward to the backward pass, tensor by tensor, for the micro-batches that will really come
-(`engine.layout`); Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980); bits per parameter as in the table
-that QLoRA's authors drew up (Dettmers et al. 2023, arXiv 2305.14314), double quantisation included.
+(`forecast.layout`); Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980); bits per parameter as in the
+table that QLoRA's authors drew up (Dettmers et al. 2023, arXiv 2305.14314), double quantisation included.
 
 Four numbers are not derived, and hold for CPU runs with glibc at best: what the process takes before any
 weight, what one compiled product of the matrix library takes, how much freed memory cannot be used again
@@ -22,7 +22,7 @@ from typing import Any
 
 from luthier.engine.fused import SIBLINGS
 from luthier.engine.head import TILE
-from luthier.engine.layout import Layout
+from luthier.forecast.layout import Layout
 
 FLOAT32 = 4
 RUN = {"q_proj": 0, "qkv_proj": 0, "o_proj": 1, "gate_proj": 2, "gate_up_proj": 2, "down_proj": 3}

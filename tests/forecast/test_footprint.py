@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.engine import batch, documents, fit, footprint, head, layout
-from luthier.engine.footprint import Checkpointing, How, Stack
-from luthier.engine.layout import Layout
-from tests.engine.test_flops import adapted, rows
+from luthier.engine import batch, documents, head
+from luthier.forecast import fit, footprint, layout
+from luthier.forecast.footprint import Checkpointing, How, Stack
+from luthier.forecast.layout import Layout
 from tests.engine.tiny_families import FAMILIES
+from tests.forecast.test_flops import adapted, rows
 
 STACKS = (Stack(64, 128, (4, 4)), Stack(64, 64, (4,)), Stack(64, 256, (4,)), Stack(128, 64))
 SHAPE = footprint.Shape(2, 64, 4, 2, 16, 128, 300, 100_000, 1000, 2, STACKS)

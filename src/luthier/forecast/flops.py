@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from luthier.engine.footprint import Checkpointing, Shape, Stack
-from luthier.engine.layout import Layout
+from luthier.forecast.footprint import Checkpointing, Shape, Stack
+from luthier.forecast.layout import Layout
 
 
 @dataclass(frozen=True)

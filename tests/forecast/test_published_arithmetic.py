@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from luthier.engine import flops, footprint, layout
+from luthier.forecast import flops, footprint, layout
 from luthier.methods import lora
 from luthier.template import Encoded
 
