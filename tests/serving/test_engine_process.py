@@ -102,6 +102,43 @@ def test_a_killed_engine_ends_the_begun_in_an_error_and_asks_the_rest_of_the_nex
     assert service.worker.counts().active == service.worker.counts().waiting == 0
 
 
+def test_an_engine_that_hangs_is_killed_and_another_answers(
+    world: World, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "SILENT", 4)
+    restarts = engine(service).restarts
+    begun = submit(service, ask(service, "guard", PROMPTS[0], LONG))
+    begun.get(timeout=WAIT_S)
+    pid = engine(service).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    waiting = submit(service, ask(service, "guard", PROMPTS[1], TOKENS))
+    _, _, end = finish(begun)
+    assert isinstance(end, Failed) and isinstance(end.error, EngineFailed)
+    tokens, _, end = finish(waiting)
+    assert isinstance(end, End)
+    release = service.router.resolve("guard").release_digest
+    assert tuple(tokens) == world.answers[release, PROMPTS[1]].tokens
+    assert engine(service).restarts == restarts + 1 and not alive(pid)
+
+
+def test_an_engine_that_gets_no_step_done_is_killed_and_one_that_idles_is_not(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "STUCK", 2)
+    restarts, pid = engine(service).restarts, engine(service).pid
+    begun = submit(service, ask(service, "guard", PROMPTS[0], TOKENS))
+    assert isinstance(finish(begun)[2], End)
+    time.sleep(3.5 * engine_process.TICK_S)
+    assert engine(service).pid == pid and engine(service).restarts == restarts
+    begun = submit(service, ask(service, "guard", PROMPTS[0], LONG))
+    begun.get(timeout=WAIT_S)
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # for SILENT it would still be well
+    assert isinstance(finish(begun)[2], Failed)
+    assert engine(service).restarts == restarts + 1
+
+
 def test_a_cancelled_answer_frees_its_place_in_the_engine(service: Service) -> None:
     events: queue.Queue[Event] = queue.Queue()
     cancel = service.submit(ask(service, "guard", PROMPTS[0], LONG), events.put)

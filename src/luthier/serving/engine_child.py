@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what takes seconds to import is imported once the end of th
     from luthier.serving.worker import Event, Worker
 
 BEAT_S = 0.1
+QUIET = 10  # beats at most between two signs of life
 
 
 def main(descriptor: int) -> None:
@@ -54,18 +55,19 @@ def _listen(link: Link, orders: queue.SimpleQueue[Message]) -> None:
 
 
 def _beat(worker: Worker, link: Link) -> None:
-    """Tell what is in use when it changes, and that the worker's thread has died if it has."""
+    """Tell what is in use when it changes and every second, and the death of the worker's thread."""
     from luthier.serving import wire
 
-    last, pause = None, threading.Event()
+    last, quiet, pause = None, 0, threading.Event()
     while not pause.wait(BEAT_S):
         if not worker.alive:
             link.close()
             os._exit(1)
         counts = wire.from_counts(worker.counts())
-        if counts != last:
+        quiet += 1
+        if counts != last or quiet >= QUIET:
             link.post({"counts": counts})
-            last = counts
+            last, quiet = counts, 0
 
 
 def _obey(worker: Worker, link: Link, orders: queue.SimpleQueue[Message]) -> None:

@@ -6,6 +6,11 @@ an error, never in a `finish_reason`; one that had not is asked once more of the
 longer each time (exponential backoff); after `CRASHES` within `WINDOW_S` the circuit opens (Nygard, Release
 It!): requests get 503 with Retry-After for `OPEN_S`, then one more start is tried.
 
+An engine that hangs is killed, which is a crash like any other: one that gives no sign of life for `SILENT`
+ticks, or that gets no step done for `STUCK` ticks while answers are under way. Ticks are counted, not read
+from a clock, so a server that was itself stopped for an hour finds nothing amiss. `STUCK` allows for a base
+that loads from a slow disk. An engine that hangs before it was ever ready is not noticed.
+
 The interface is the worker's own. It does not know queues, tenants, HTTP or tokens.
 """
 
@@ -37,6 +42,7 @@ from luthier.serving.worker import Ask, End, EngineFailed, Event, Failed, Sink
 
 CRASHES, WINDOW_S, OPEN_S = 5, 60.0, 30.0
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0)
+TICK_S, SILENT, STUCK = 1.0, 20, 300
 LAST_S = 5.0  # beyond the grace time, before an engine that does not end is killed
 
 log = logging.getLogger("luthier.serving")
@@ -86,12 +92,15 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
         self._stop = threading.Event()
+        self._heard = 0  # messages of all engines so far
         self._thread = threading.Thread(target=self._supervise, name="luthier-engine", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="luthier-watch", daemon=True)
         self.state = State.STARTING
         self.restarts = 0
 
     def start(self) -> None:
         self._thread.start()
+        self._watcher.start()
 
     def submit(self, ask: Ask, sink: Sink) -> Callable[[], None]:
         """Ask the engine; returns what cancels it. While it restarts, the ask waits for the next one."""
@@ -202,6 +211,22 @@ class EngineProcess:
             process.kill()
             process.wait()
 
+    def _watch(self) -> None:
+        """Kill an engine that hangs; the supervisor sees it end and goes on from there."""
+        watched: tuple[int, int] = (0, 0)
+        silent = stuck = 0
+        while not self._stop.wait(TICK_S):
+            with self._lock:
+                process, busy = self._process, bool(self._lines or self._chores)
+                ready = self._link is not None
+            before, watched = watched, (self._heard, self._counts.turns)
+            silent = silent + 1 if ready and watched[0] == before[0] else 0
+            stuck = stuck + 1 if ready and busy and watched[1] == before[1] else 0
+            if process is not None and (silent >= SILENT or stuck >= STUCK):
+                log.error("the engine hangs (%s) and is killed", "no sign of life" if silent else "no step")
+                process.kill()
+                silent = stuck = 0
+
     def _spawn(self, its: socket.socket) -> subprocess.Popen[bytes]:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
@@ -215,6 +240,7 @@ class EngineProcess:
         )
 
     def _hear(self, message: Message, link: Link) -> None:
+        self._heard += 1
         if "event" in message:
             self._tell(message["id"], wire.to_event(message["event"]))
         elif "counts" in message:
