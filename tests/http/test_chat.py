@@ -315,6 +315,9 @@ def test_metrics_and_the_request_log_agree(own: World) -> None:
     assert f'luthier_requests_total{{release="{release[:12]}",status="200"}} 3.0' in page
     assert 'luthier_requests_total{release="none",status="400"} 1.0' in page
     assert f'luthier_tokens_total{{kind="completion",release="{release[:12]}"}} 15.0' in page
+    assert 'luthier_tenant_requests_total{tenant="local"} 4.0' in page
+    assert 'luthier_tenant_tokens_total{kind="completion",tenant="local"} 15.0' in page
+    assert 'luthier_refused_total{reason="RequestError"} 1.0' in page
     logged = [record for record in own.store.requests(release=release) if record.completion_tokens == 5]
     assert len(logged) == 3  # flushed by the shutdown
     for record in logged:

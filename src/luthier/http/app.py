@@ -38,8 +38,8 @@ def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
     app.add_exception_handler(Exception, _bug)
     meter = Meter(service)
 
-    def note(record: RequestRecord) -> None:
-        meter.note(record)
+    def note(record: RequestRecord, tenant: str) -> None:
+        meter.note(record, tenant)
         service.journal.note(record)
 
     @app.get("/health")

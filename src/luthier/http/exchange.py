@@ -45,9 +45,9 @@ class TooSlow(RequestError):
 
 
 class Exchange:
-    def __init__(self, request: Request, note: Callable[[RequestRecord], None]) -> None:
+    def __init__(self, request: Request, note: Callable[[RequestRecord, str], None]) -> None:
         self.request = request
-        self._note: Callable[[RequestRecord], None] | None = note
+        self._note: Callable[[RequestRecord, str], None] | None = note
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._cancels: list[Callable[[], None]] = []
         self.open = 0  # answers that have not ended
@@ -161,7 +161,7 @@ class Exchange:
         )
         if self.route is not None:
             self.route.ended(record)
-        note(record)
+        note(record, caller(self.request).tenant)
 
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":

@@ -1,8 +1,8 @@
 """What Prometheus sees: requests by release and status, latencies, tokens, and how full the server is.
 
 Source: https://prometheus.io/docs/practices/naming. Each app has its own registry, so two servers in one
-process do not share counts. Releases are the only label that grows; there are as many as were asked for
-by a name that exists.
+process do not share counts. Releases and tenants are the labels that grow: the first `LABELS` of each have
+their own, the rest are "other". Reasons are the names of our errors.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from luthier.serving.engine_process import EngineProcess
 from luthier.serving.service import Service
 from luthier.store import RequestRecord
 
+LABELS = 50
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -29,7 +31,20 @@ class Meter:
         self._first = Histogram(
             "luthier_first_token_seconds", "time to the first token", mine, buckets=SECONDS, registry=into
         )
-        worker, journal = service.worker, service.journal
+        self._tenant_requests = Counter("luthier_tenant_requests", "requests", ["tenant"], registry=into)
+        self._tenant_tokens = Counter(
+            "luthier_tenant_tokens", "tokens read and written", ["tenant", "kind"], registry=into
+        )
+        self._refused = Counter("luthier_refused", "requests without an answer", ["reason"], registry=into)
+        self._release, self._tenant = _Few(), _Few()
+        worker, journal, engine, cache = (
+            service.worker, service.journal, service.engine, service.traffic.cache
+        )  # fmt: skip
+        if isinstance(engine, EngineProcess):
+            self._gauge("luthier_engine_restarts", "engines lost so far", lambda: engine.restarts)
+        if cache is not None:
+            self._gauge("luthier_cache_hits", "answers that were known", lambda: cache.hits)
+            self._gauge("luthier_cache_misses", "answers that were not", lambda: cache.misses)
         self._gauge("luthier_in_flight", "answers growing now", lambda: worker.counts().active)
         self._gauge("luthier_queue", "requests waiting for a turn", lambda: worker.counts().waiting)
         self._gauge("luthier_blocks", "blocks of the cache", lambda: worker.counts().blocks)
@@ -41,8 +56,14 @@ class Meter:
     def _gauge(self, name: str, meaning: str, read: Callable[[], float]) -> None:
         Gauge(name, meaning, registry=self._registry).set_function(read)
 
-    def note(self, record: RequestRecord) -> None:
-        release = (record.release or "none")[:12]
+    def note(self, record: RequestRecord, tenant: str) -> None:
+        release = self._release((record.release or "none")[:12])
+        tenant = self._tenant(tenant)
+        self._tenant_requests.labels(tenant).inc()
+        self._tenant_tokens.labels(tenant, "prompt").inc(record.prompt_tokens)
+        self._tenant_tokens.labels(tenant, "completion").inc(record.completion_tokens)
+        if record.status >= 400:
+            self._refused.labels(record.error or "unknown").inc()
         self._requests.labels(release, str(record.status)).inc()
         self._seconds.labels(release).observe(record.total_s)
         if record.first_token_s is not None:
@@ -52,3 +73,15 @@ class Meter:
 
     def page(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class _Few:
+    """The first labels are told by name, so that no flood of names fills the page."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        if len(self._known) < LABELS:
+            self._known.add(name)
+        return name if name in self._known else "other"

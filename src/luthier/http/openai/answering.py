@@ -25,7 +25,7 @@ from luthier.serving.worker import Heard
 from luthier.store import RequestRecord
 
 log = logging.getLogger("luthier.http")
-Note = Callable[[RequestRecord], None]
+Note = Callable[[RequestRecord, str], None]  # and whose request it was
 DONE = b"data: [DONE]\n\n"
 
 

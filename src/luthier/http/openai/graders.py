@@ -144,7 +144,7 @@ def _part(grader: Mapping[str, Any]) -> Part:
 
 
 async def _read(request: Request, service: Service, form: Any) -> Any:
-    data = await Exchange(request, lambda record: None).body(service.limits.body_bytes)
+    data = await Exchange(request, lambda record, tenant: None).body(service.limits.body_bytes)
     try:
         return form.model_validate_json(data)
     except ValidationError as error:
