@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export LUTHIER_DEMO_BEGAN := $(shell date +%s)
 
-.PHONY: help setup demo demo-openai check test quick test-long test-postgres test-clients test-lm-eval bench bench-serve bench-quick bench-peers clean
+.PHONY: help setup demo demo-openai check test quick test-long test-postgres test-clients test-lm-eval test-vllm bench bench-serve bench-quick bench-peers clean
 help:            ## list these commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 18
 
@@ -44,6 +44,9 @@ test-long: $(STAMP) ## what takes too long for every day: 200 kills of one train
 
 test-postgres: $(STAMP) ## the store's tests on a real PostgreSQL 15, started on loopback
 	$(BIN)/python -m tests.postgres -- $(BIN)/python -m pytest tests/test_store.py tests/faults/test_store_faults.py tests/jobs/test_queue.py
+
+test-vllm: $(STAMP) bench/peers/.venvs/vllm/.ready ## the backends' contract on a real vLLM (its CPU build, float32, in its own environment)
+	LUTHIER_TEST_VLLM=$(CURDIR)/bench/peers/.venvs/vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contract/test_backends.py
 
 CLIENTS := tests/clients/.venv
 THROUGH := $(BIN)/python examples/served.py -c 'import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))'

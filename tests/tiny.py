@@ -16,7 +16,7 @@ CHATML = (
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def make_tiny_base(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
+def make_tiny_base(folder: Path, *, dtype: str = "float32", seed: int = 0, heads: int = 4) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,7 +35,8 @@ def make_tiny_base(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Pa
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=2048,
+        tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.15,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))

@@ -120,6 +120,10 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     ] = None,
     workers: Annotated[int, typer.Option(help="processes for fine-tuning jobs; 0 for none", min=0)] = 1,
     cache: Annotated[int, typer.Option(help="deterministic answers kept; 0 for none", min=0)] = 0,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="what computes answers: '{name: vllm, url: …}'; default: our own engine"),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -142,7 +146,10 @@ def serve(  # noqa: PLR0913 - each is an option of the command
 
         if demo or base is not None:
             brought |= cli_bases.admitted(None, base, "LicenseRef-own", home)
-        http.serve(home=home, host=host, port=port, key=key, workers=workers, cached=cache, announce=announce)
+        http.serve(
+            home=home, host=host, port=port, key=key, workers=workers, cached=cache, backend=backend,
+            announce=announce,
+        )  # fmt: skip
 
 
 @app.command()

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
-FAMILIES = ("sources", "objectives", "methods", "metrics", "baselines", "gates")
+FAMILIES = ("sources", "objectives", "methods", "metrics", "baselines", "gates", "backends")
 
 
 class Params(BaseModel):

@@ -16,6 +16,7 @@ OFFERS = {
     "metrics": ("score", "templates"),
     "baselines": ("predict",),
     "gates": ("check",),
+    "backends": ("engine",),
 }
 PARTS = [(family, name) for family in plugins.FAMILIES for name in plugins.names(family)]
 

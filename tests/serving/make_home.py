@@ -57,10 +57,10 @@ def asked(prompt: str) -> tuple[Message, ...]:
     return (Message(Role.USER, prompt),)
 
 
-def make_home(folder: Path, *, releases: int = 3) -> World:
+def make_home(folder: Path, *, releases: int = 3, heads: int = 4) -> World:
     home = Home.at(folder / "home")
     store = Store.open(home.path)
-    model = publish_base(home, folder)
+    model = publish_base(home, folder, heads=heads)
     made, answers = [], {}
     for seed in range(1, releases + 1):
         digest = publish_release(home, store, model, folder, seed=seed)
@@ -72,9 +72,9 @@ def make_home(folder: Path, *, releases: int = 3) -> World:
     return world
 
 
-def publish_base(home: Home, folder: Path, *, seed: int = 0) -> str:
+def publish_base(home: Home, folder: Path, *, seed: int = 0, heads: int = 4) -> str:
     out = folder / f"model-{seed}"
-    make_tiny_base(out / "base", seed=seed)
+    make_tiny_base(out / "base", seed=seed, heads=heads)
     files = {path.name: artifacts.file_digest(path) for path in sorted((out / "base").iterdir())}
     artifacts.write_json(out / "base.json", {"digest": artifacts.digest_of(files)})
     return publish(home, out)

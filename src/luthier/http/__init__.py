@@ -22,6 +22,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     key: str | None = None,
     workers: int = 0,
     cached: int = 0,
+    backend: str | None = None,
     announce: Callable[[dict[str, Any]], None] = _quiet,
 ) -> None:
     """Serve the releases of a home until SIGTERM or Ctrl-C, following alias moves at once.
@@ -30,7 +31,9 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     without a `key` a new one is made, and known to nobody but who hears the announcement. The official
     client's `base_url` is the url followed by `/v1`.
     `workers` processes carry out fine-tuning jobs meanwhile; `cached` deterministic answers are kept.
+    `backend` says what computes them, as `{name: vllm, its: settings}`; by default our own engine.
     """
+    from luthier import backends
     from luthier.home import Home
     from luthier.http import server
     from luthier.serving.limits import Limits
@@ -38,5 +41,6 @@ def serve(  # noqa: PLR0913 - each is an option of the command
 
     opened = Home.at(home)
     limits = Limits(cached=cached)
-    door = server.Door(host, port, key, limits, apart=True, workers=workers)
+    chosen = None if backend is None else backends.read(backend)
+    door = server.Door(host, port, key, limits, apart=True, workers=workers, backend=chosen)
     server.serve(Store.open(opened.database), opened, door, announce)

@@ -27,6 +27,7 @@ from luthier.http.app import create_app
 from luthier.http.auth import new_key
 from luthier.http.patience import Patient
 from luthier.jobs.work import hired
+from luthier.plugins import Part
 from luthier.serving.limits import DEFAULTS, Limits
 from luthier.serving.service import Service
 from luthier.store import Store
@@ -38,7 +39,8 @@ BEAT_S = 0.05
 @dataclass(frozen=True)
 class Door:
     """Where to listen and how much to take on. Without a `key` a new one is made; set `stop` to end it.
-    `apart`: the engine is a process of its own. `workers`: processes that carry out fine-tuning jobs."""
+    `apart`: the engine is a process of its own. `workers`: processes that carry out fine-tuning jobs.
+    `backend`: what computes the answers, if not our own engine."""
 
     host: str = "127.0.0.1"
     port: int = 8321
@@ -47,6 +49,7 @@ class Door:
     threads: int | None = None
     apart: bool = False
     workers: int = 0
+    backend: Part | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -55,7 +58,7 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
     if door.key is not None and len(door.key) < 8:
         raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
     key = door.key or new_key()
-    service = Service(store, home, door.limits, door.threads, door.apart)
+    service = Service(store, home, door.limits, door.threads, door.apart, door.backend)
     with _claimed(door.host, door.port) as claimed, _signals(door.stop), service, hired(home, door.workers):
         service.warm()
         uploads = Uploads(store, home)

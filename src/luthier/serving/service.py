@@ -21,9 +21,10 @@ from luthier.engine.grammar import Grammar, check, vocabulary
 from luthier.engine.sampling import Sampling
 from luthier.errors import DataError, LuthierError, ModelError
 from luthier.home import Home
+from luthier.plugins import Part
 from luthier.rows import Message, Tools
 from luthier.serving.cache import Cache
-from luthier.serving.desk import QUEUE, Desk, Turn
+from luthier.serving.desk import QUEUE, Desk, Engine, Turn
 from luthier.serving.engine_process import EngineProcess
 from luthier.serving.journal import Journal
 from luthier.serving.limits import DEFAULTS, Limits
@@ -164,12 +165,19 @@ class Service:
         limits: Limits = DEFAULTS,
         threads: int | None = None,
         apart: bool = False,
+        backend: Part | None = None,
     ) -> None:
-        """`apart`: the engine is a process of its own, and comes back when it crashes."""
+        """`apart`: the engine is a process of its own, and comes back when it crashes.
+        `backend`: what computes the answers instead."""
         self.limits = limits
         self.store = store
         self.router = Router(store, home)
-        self.engine = (EngineProcess if apart else Worker)(replace(limits, waiting=QUEUE), threads)
+        wide = replace(limits, waiting=QUEUE)
+        self.engine: Engine
+        if backend is None:
+            self.engine = (EngineProcess if apart else Worker)(wide, threads)
+        else:
+            self.engine = backend.module.engine(backend.params, wide)
         self.worker = Desk(self.engine, limits)
         cache = Cache(limits.cached) if limits.cached else None
         self.traffic = Traffic(store, home, self.router, self.worker, cache)

@@ -132,6 +132,7 @@ class Choice:
     ids: list[int] = field(default_factory=list)
     reason: str = ""
     sent: int = 0  # log-probabilities that a chunk has told already
+    told_ids: int = 0  # tokens that a chunk has told already
 
 
 class Answers:
@@ -175,7 +176,7 @@ class Answers:
         if isinstance(event, End):
             choice.reason = event.reason.value
             return [self._chunk(n, event.text, choice.reason)]
-        return [self._chunk(n, event.text)] if event.text else []
+        return [self._chunk(n, event.text)] if event.text or self._given.return_token_ids else []
 
     def counts(self, usage: Usage) -> dict[str, Any]:
         return self._head() | {"choices": [], "usage": usage.as_dict()}
@@ -197,6 +198,8 @@ class Answers:
         told = choice.told.since(choice.sent) if self._scored else None
         choice.sent = len(choice.told.tokens)
         body = {"index": n, "text": text, "logprobs": told, "finish_reason": reason}
+        if self._given.return_token_ids:
+            body["token_ids"], choice.told_ids = choice.ids[choice.told_ids :], len(choice.ids)
         found = self._head() | {"choices": [body]}
         return found | {"usage": None} if self.include_usage else found
 

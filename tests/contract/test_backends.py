@@ -1,0 +1,312 @@
+"""Every backend that can run here gives the same tokens, ends alike, and refuses in the same words.
+
+vLLM is tried where LUTHIER_TEST_VLLM names the python of an environment that has it (`make test-vllm`).
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from luthier import backends
+from luthier.backends import _http, _leash, remote, vllm
+from luthier.backends._relay import Unsupported
+from luthier.errors import GraderError, LuthierError, ModelError, ServeError
+from luthier.metrics import Question
+from luthier.serving.limits import Limits
+from luthier.serving.service import Options, Service
+from luthier.serving.worker import Ask, End, EngineFailed, Event, Failed, Reason, Said
+from tests.http import running
+from tests.serving.make_home import PROMPTS, TOKENS, World, asked, make_home
+
+LONG = 1900
+WAIT_S = 120
+VLLM = os.environ.get("LUTHIER_TEST_VLLM")
+LIMITS = Limits(active=4, waiting=8)
+SPELT = {
+    "embedded in a thread": "{name: embedded, apart: false, threads: 1}",
+    "embedded apart": "{name: embedded, threads: 1}",
+    "vllm": f"{{name: vllm, python: '{VLLM}', dtype: float32, adapters: 2, rank: 8, context: 2048}}",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_home(tmp_path_factory.mktemp("backends"), heads=2)  # vLLM on a CPU knows no head of 16
+
+
+@pytest.fixture(scope="module")
+def elsewhere(world: World) -> Iterator[running.Client]:
+    """A server of luthier's in a process of its own, with the same releases; its key in the environment."""
+    process, client = running.spawn(world.home.path)
+    os.environ["TEST_REMOTE_KEY"] = client.key
+    yield client
+    del os.environ["TEST_REMOTE_KEY"]
+    process.terminate()
+    process.wait(WAIT_S)
+
+
+@pytest.fixture(scope="module", params=[*SPELT, "remote"])
+def service(request: pytest.FixtureRequest, world: World) -> Iterator[Service]:
+    if request.param == "vllm" and VLLM is None:
+        pytest.skip("LUTHIER_TEST_VLLM names no environment with vLLM: make test-vllm")
+    if request.param == "remote":
+        client = request.getfixturevalue("elsewhere")
+        spelt = f"{{name: remote, url: '{client.url}', key_env: TEST_REMOTE_KEY}}"
+    else:
+        spelt = SPELT[request.param]
+    part = backends.read(spelt)
+    with Service(world.store, world.home, LIMITS, backend=part) as service:
+        service.worker.warm(service.router.resolve("guard"))
+        yield service
+
+
+def ask(service: Service, model: str, prompt: str, **options: Any) -> Ask:
+    return service.prepare(service.router.resolve(model), asked(prompt), Options(**options))
+
+
+def submit(service: Service, given: Ask) -> queue.Queue[Event]:
+    events: queue.Queue[Event] = queue.Queue()
+    service.submit(given, events.put)
+    return events
+
+
+def finish(events: queue.Queue[Event]) -> tuple[list[Said], str, Event]:
+    said, text = [], ""
+    while True:
+        event = events.get(timeout=WAIT_S)
+        if isinstance(event, Failed):
+            return said, text, event
+        text += event.text
+        if isinstance(event, End):
+            return said, text, event
+        if isinstance(event, Said):
+            said.append(event)
+
+
+def test_three_releases_at_once_answer_token_for_token_as_transformers_and_peft_do(
+    world: World, service: Service
+) -> None:
+    """Three adapters where vLLM has two places: one makes room for the next, and comes back."""
+    cases = [(digest, prompt) for prompt in PROMPTS for digest in world.releases]
+    under_way = [
+        (case, submit(service, ask(service, f"guard@{case[0]}", case[1], max_tokens=TOKENS)))
+        for case in cases
+    ]
+    for case, events in under_way:
+        said, text, end = finish(events)
+        reference = world.answers[case]
+        assert (tuple(one.token for one in said), text) == (reference.tokens, reference.text)
+        assert isinstance(end, End) and end.reason.value == reference.reason
+
+
+def test_a_stop_string_ends_an_answer_before_itself(world: World, service: Service) -> None:
+    long = {case: one.text for case, one in world.answers.items() if len(one.text) > 4}
+    case, text = max(long.items(), key=lambda item: sum(letter.isascii() for letter in item[1]))
+    stop = next(two for n in range(1, len(text)) if (two := text[n : n + 2]).isascii() and len(two) == 2)
+    events = submit(service, ask(service, f"guard@{case[0]}", case[1], max_tokens=TOKENS, stops=(stop,)))
+    _, told, end = finish(events)
+    assert isinstance(end, End) and end.reason is Reason.STOP
+    assert told == text[: text.index(stop)]
+
+
+def test_log_probabilities_come_with_tokens_and_the_likeliest_is_the_greedy_one(
+    world: World, service: Service
+) -> None:
+    given = ask(service, f"guard@{world.releases[1]}", PROMPTS[1], max_tokens=TOKENS, logprobs=3)
+    said, _, end = finish(submit(service, given))
+    if isinstance(end, Failed):
+        assert isinstance(end.error, Unsupported) and "the backend remote cannot" in end.error.what
+        return
+    assert said
+    for one in said:
+        assert one.logp is not None and len(one.top) == 3
+        assert one.top[0][0] == one.token and one.top[0][1] == pytest.approx(one.logp, abs=1e-4)
+        assert [logp for _, logp in one.top] == sorted((logp for _, logp in one.top), reverse=True)
+
+
+def test_a_cancelled_answer_says_no_more_and_frees_its_place(world: World, service: Service) -> None:
+    events: queue.Queue[Event] = queue.Queue()
+    given = ask(service, "guard", PROMPTS[0], max_tokens=LONG, ignore_eos=True)
+    cancel = service.submit(given, events.put)
+    assert isinstance(events.get(timeout=WAIT_S), Said)
+    cancel()
+    while not events.empty():
+        assert isinstance(events.get(), Said)
+    assert service.worker.counts().active == 0
+    reference = world.answers[world.releases[2], PROMPTS[2]]
+    after = ask(service, f"guard@{world.releases[2]}", PROMPTS[2], max_tokens=TOKENS)
+    said, _, _ = finish(submit(service, after))
+    assert tuple(one.token for one in said) == reference.tokens
+
+
+def test_an_adapter_that_is_not_there_fails_its_own_request_alone(
+    world: World, service: Service, tmp_path: Path
+) -> None:
+    given = ask(service, "guard", PROMPTS[0], max_tokens=TOKENS)
+    gone = replace(given.target, adapter_digest="0" * 64, adapter_dir=tmp_path / "gone")
+    gone = replace(gone, release_digest="0" * 64)
+    _, _, end = finish(submit(service, replace(given, target=gone)))
+    assert isinstance(end, Failed) and isinstance(end.error, ModelError | EngineFailed)
+    assert end.error.what
+    said, _, _ = finish(submit(service, given))
+    assert tuple(one.token for one in said) == world.answers[world.releases[0], PROMPTS[0]].tokens
+
+
+def test_what_cannot_be_done_is_refused_by_name_or_done(service: Service) -> None:
+    given = ask(service, "guard", PROMPTS[0], max_tokens=1)
+    for wish in ({"score_prompt": True}, {"embed": True}):
+        _, _, end = finish(submit(service, replace(given, **wish)))
+        if isinstance(end, Failed):
+            assert isinstance(end.error, LuthierError) and end.error.http_code == 400
+            assert re.match("the backend (vllm|remote) cannot", end.error.what)
+
+
+def test_a_backend_that_closes_fails_what_is_left_and_takes_no_more(world: World) -> None:
+    for name in ("embedded in a thread", "embedded apart"):
+        with Service(world.store, world.home, LIMITS, backend=backends.read(SPELT[name])) as service:
+            given = ask(service, "guard", PROMPTS[0], max_tokens=LONG, ignore_eos=True)
+            events = submit(service, given)
+            assert isinstance(events.get(timeout=WAIT_S), Said)
+            service.close(grace_s=0.0)
+            _, _, end = finish(events)
+            assert isinstance(end, Failed) and isinstance(end.error, ServeError)
+            with pytest.raises(ServeError, match="shutting down"):
+                service.submit(given, events.put)
+
+
+def test_vllm_is_never_asked_for_an_adapter_that_it_would_choke_on(world: World, tmp_path: Path) -> None:
+    """It answers these with 500; they are refused before they are posted."""
+    target = Service(world.store, world.home).router.resolve("guard")
+    assert target.adapter_dir is not None
+    vllm.check(target.adapter_dir, 8)
+    with pytest.raises(ModelError, match="rank 4 is above 2"):
+        vllm.check(target.adapter_dir, 2)
+    settings = (target.adapter_dir / "adapter_config.json").read_text("utf-8")
+    weights = load_file(target.adapter_dir / "adapter_model.safetensors")
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    for name, value, says in (
+        ("use_dora", "true", "plain LoRA"),
+        ("modules_to_save", '["lm_head"]', "modules_to_save"),
+        ("alpha_pattern", '{"q_proj": 3}', "alpha_pattern"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(f'{settings.rstrip().rstrip("}")}, "{name}": {value}}}')
+        with pytest.raises(ModelError, match=says):
+            vllm.check(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("spelt", "says"),
+    [
+        ("{name: vlm, url: 'http://127.0.0.1:1'}", "did you mean 'vllm'"),
+        ("{name: vllm}", "give `python`"),
+        ("{name: vllm, url: 'http://10.0.0.7:8000'}", "on this machine alone"),
+        ("{name: vllm, url: 'http://me:secret@127.0.0.1:8000'}", "no password"),
+        ("{name: vllm, url: 'file:///etc/passwd'}", "write http"),
+        ("{name: vllm, url: 'http://127.0.0.1:1', rank: 7}", "vLLM takes 8"),
+        ("{name: remote, url: 'http://example.com'}", "only https"),
+        ("{name: remote, url: 'https://example.com?to=other'}", "write http"),
+        ("{name: vllm, pyton: x}", "Extra inputs"),
+        ("{name: [", "cannot be read"),
+    ],
+)
+def test_a_misspelt_backend_is_refused_with_what_is_wrong(spelt: str, says: str) -> None:
+    with pytest.raises(ServeError, match=says):
+        backends.read(spelt)
+
+
+def test_a_remote_model_judges_through_the_chat_api(elsewhere: running.Client, world: World) -> None:
+    """The judge is a real server's release; what it says is what it says to anyone."""
+    params = remote.Params(url=f"{elsewhere.url}/v1", key_env="TEST_REMOTE_KEY", model="guard")
+    question = Question("some other name", (("user", PROMPTS[1]),), TOKENS)
+    assert remote.ask(params)(question) == world.answers[world.releases[0], PROMPTS[1]].text
+
+
+def test_a_judge_that_cannot_be_asked_is_a_graders_error_that_tells_no_key(
+    elsewhere: running.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = Question("guard", (("user", "hello"),), 4)
+    monkeypatch.setenv("A_WRONG_KEY", "not-the-key-at-all")
+    for changes, says in (
+        ({"model": "nobody"}, "unknown model"),
+        ({"key_env": "A_WRONG_KEY"}, "401"),
+        ({"url": "http://127.0.0.1:1"}, "does not answer"),
+    ):
+        settings = {"url": elsewhere.url, "key_env": "TEST_REMOTE_KEY", "model": "guard"} | changes
+        with pytest.raises(GraderError, match=says) as told:
+            remote.ask(remote.Params.model_validate(settings))(question)
+        assert "not-the-key-at-all" not in str(told.value) and told.value.flag == remote.NotAsked.flag
+    with pytest.raises(ServeError, match="NO_SUCH_KEY is not set"):
+        remote.ask(remote.Params(url=elsewhere.url, key_env="NO_SUCH_KEY"))
+
+
+class _Redirects(BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(307)
+        self.send_header("location", "/v1/elsewhere")
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+
+def test_a_redirect_is_not_followed() -> None:
+    with HTTPServer(("127.0.0.1", 0), _Redirects) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        params = remote.Params(url=f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(GraderError, match="307"):
+            remote.ask(params)(Question("any", (("user", "hello"),), 4))
+        server.shutdown()
+        thread.join()
+    assert _Redirects.asked == ["/v1/chat/completions"]
+
+
+def test_a_path_off_the_list_is_never_asked() -> None:
+    door = _http.Door("http://127.0.0.1:1", vllm.PATHS)
+    for path in ("/metrics", "/v1/chat/completions", "/collective_rpc", "/v1/models/../../sleep"):
+        with pytest.raises(ValueError, match="may be asked"), door.call(path):
+            pass
+
+
+def test_what_is_on_the_leash_ends_when_its_holder_is_killed() -> None:
+    """The holder is killed with SIGKILL: it can do nothing, and its child ends all the same."""
+    holder = (
+        "import subprocess, sys\n"
+        "leash = subprocess.Popen([sys.executable, '-I', sys.argv[1], sys.executable, '-c',"
+        "'import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(600)'],"
+        "stdin=subprocess.PIPE, start_new_session=True)\n"
+        "leash.wait()"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", holder, _leash.__file__], stderr=subprocess.PIPE, text=True
+    )
+    assert started.stderr is not None
+    child = int(started.stderr.readline())
+    started.kill()
+    started.wait(WAIT_S)
+    until = time.monotonic() + WAIT_S
+    while _runs(child):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
