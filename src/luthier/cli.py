@@ -124,6 +124,10 @@ def serve(  # noqa: PLR0913 - each is an option of the command
         str | None,
         typer.Option(help="what computes answers: '{name: vllm, url: …}'; default: our own engine"),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="whom graders may ask: '{name: remote, url: …, model: …, key_env: …}'"),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -148,7 +152,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
             brought |= cli_bases.admitted(None, base, "LicenseRef-own", home)
         http.serve(
             home=home, host=host, port=port, key=key, workers=workers, cached=cache, backend=backend,
-            announce=announce,
+            judge=judge, announce=announce,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier import backends
 from luthier.backends import _http, _leash, remote, vllm
-from luthier.backends._relay import Unsupported
+from luthier.backends._relay import Relay, Unsupported
 from luthier.errors import GraderError, LuthierError, ModelError, ServeError
 from luthier.metrics import Question
 from luthier.serving.limits import Limits
@@ -173,6 +173,30 @@ def test_what_cannot_be_done_is_refused_by_name_or_done(service: Service) -> Non
         if isinstance(end, Failed):
             assert isinstance(end.error, LuthierError) and end.error.http_code == 400
             assert re.match("the backend (vllm|remote) cannot", end.error.what)
+
+
+def test_a_vllm_that_runs_already_is_used_with_what_it_has_loaded(
+    world: World, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second server is pointed at the first one's; it ends, and the first one's goes on."""
+    if not (isinstance(service.engine, Relay) and isinstance(service.engine.behind, vllm.Vllm)):
+        pytest.skip("another backend")
+    door = service.engine.behind.door
+    assert door is not None and door.key is not None
+    monkeypatch.setenv("TEST_VLLM_KEY", door.key)
+    part = backends.read(f"{{name: vllm, url: '{door.url}', key_env: TEST_VLLM_KEY, adapters: 2, rank: 8}}")
+    with Service(world.store, world.home, LIMITS, backend=part) as second:
+        for digest in world.releases:
+            given = ask(second, f"guard@{digest}", PROMPTS[0], max_tokens=TOKENS)
+            said, _, _ = finish(submit(second, given))
+            assert tuple(one.token for one in said) == world.answers[digest, PROMPTS[0]].tokens
+        other = replace(given, target=replace(given.target, base_digest="0" * 64))
+        _, _, end = finish(submit(second, other))
+        assert isinstance(end, Failed) and "holds base" in end.error.what
+    for digest in world.releases:  # what the other one has put out is loaded again
+        given = ask(service, f"guard@{digest}", PROMPTS[1], max_tokens=TOKENS)
+        said, _, _ = finish(submit(service, given))
+        assert tuple(one.token for one in said) == world.answers[digest, PROMPTS[1]].tokens
 
 
 def test_a_backend_that_closes_fails_what_is_left_and_takes_no_more(world: World) -> None:

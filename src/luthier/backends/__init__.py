@@ -2,6 +2,7 @@
 
 A part declares `Params` and `engine(params, limits)`, which gives what `serving.desk.Engine` describes: the
 interface of `serving.worker.Worker`. Desk, router, canary, log and HTTP stand before any of them unchanged.
+One that can judge offers `ask(params)` too.
 `read` takes one as it is written on a command line. It does not know which part is in use.
 """
 
@@ -12,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from luthier import plugins
 from luthier.errors import ServeError
+from luthier.metrics import Ask
 from luthier.plugins import Part
 
 
@@ -31,6 +33,17 @@ def read(text: str) -> Part:
             raise _invalid(cause.error, f"backend {cause.name}") from error
         raise _invalid(error, "backend") from error
     return part
+
+
+def judges(part: Part) -> dict[str, Ask]:
+    """The one model, by its name, that a part asks for whoever grades."""
+    name = getattr(part.params, "model", None)
+    if not hasattr(part.module, "ask") or not name:
+        raise ServeError(
+            f"the backend {part.name} is no judge",
+            hint="write '{name: remote, url: …, model: …}'",
+        )
+    return {name: part.module.ask(part.params)}
 
 
 def _invalid(error: ValidationError, where: str) -> ServeError:

@@ -77,7 +77,8 @@ class _Line:
 
 class Relay:
     def __init__(self, behind: Behind, limits: Limits, name: str) -> None:
-        self._behind, self._limits, self._name = behind, limits, name
+        self.behind = behind
+        self._limits, self._name = limits, name
         self._changed = threading.Condition()
         self._lines: list[_Line] = []
         self._writers: dict[Path, Any] = {}
@@ -104,7 +105,7 @@ class Relay:
 
     def warm(self, target: Target) -> None:
         """Bring a release there ahead of its first request; raises what went wrong."""
-        with self._behind.held(target):
+        with self.behind.held(target):
             pass
 
     def counts(self) -> Counts:
@@ -127,7 +128,7 @@ class Relay:
         for line in late:
             line.closed = True
             self._cancel(line)
-        self._behind.close()
+        self.behind.close()
         self._threads.shutdown()
 
     def _require_room(self) -> None:
@@ -179,15 +180,15 @@ class Relay:
         if line.ask.sampling.max_new_tokens < 1:
             return End(Reason.LENGTH, "")
         for last_try in (False, True):
-            with self._behind.held(line.ask.target) as place:
-                body = asked(line.ask) | self._behind.fields(line.ask) | {"model": place.model}
+            with self.behind.held(line.ask.target) as place:
+                body = asked(line.ask) | self.behind.fields(line.ask) | {"model": place.model}
                 with place.door.call(COMPLETIONS, body, line.hold) as reply:
                     if reply.status == 200:
                         return self._read(line, reply)
                     problem = reply.problem()
             if reply.status != 404 or last_try:
                 raise _refused(reply.status, problem)
-            self._behind.forget()  # it was started anew, without what we had loaded
+            self.behind.forget()  # it was started anew, without what we had loaded
         raise AssertionError("the second try returns or raises")
 
     def _read(self, line: _Line, reply: Reply) -> Event:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -43,6 +44,7 @@ from luthier.serving.worker import Ask
 
 MODELS, LOAD, UNLOAD = "/v1/models", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 PATHS = frozenset({COMPLETIONS, MODELS, LOAD, UNLOAD})
+OURS = re.compile(r"[0-9a-f]{64}")  # what others loaded under other names is left alone
 BEAT_S, OPEN_S, LAST_S = 0.25, 30.0, 30.0
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes as the highest
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
@@ -99,6 +101,11 @@ class Vllm:
         self._process: subprocess.Popen[bytes] | None = None
         self._open_until_s = 0.0
         self._closed = False
+
+    @property
+    def door(self) -> Door | None:
+        """The way to the server, while there is one."""
+        return self._door
 
     @contextmanager
     def held(self, target: Target) -> Iterator[Place]:
@@ -197,7 +204,8 @@ class Vllm:
                 f"vLLM does not serve the base {target.base_digest[:12]}",
                 hint=f"start it with --served-model-name {target.base_digest} --enable-lora",
             )
-        self._slots = OrderedDict((name, 0) for name in names if name != target.base_digest)
+        ours = [name for name in names if OURS.fullmatch(name) and name != target.base_digest]
+        self._slots = OrderedDict.fromkeys(ours, 0)
         return door
 
     def _started(self, target: Target) -> Door:

@@ -23,6 +23,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     workers: int = 0,
     cached: int = 0,
     backend: str | None = None,
+    judge: str | None = None,
     announce: Callable[[dict[str, Any]], None] = _quiet,
 ) -> None:
     """Serve the releases of a home until SIGTERM or Ctrl-C, following alias moves at once.
@@ -32,6 +33,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     client's `base_url` is the url followed by `/v1`.
     `workers` processes carry out fine-tuning jobs meanwhile; `cached` deterministic answers are kept.
     `backend` says what computes them, as `{name: vllm, its: settings}`; by default our own engine.
+    `judge` names a model elsewhere that graders may ask, as `{name: remote, url: …, model: …, key_env: …}`.
     """
     from luthier import backends
     from luthier.home import Home
@@ -42,5 +44,6 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     opened = Home.at(home)
     limits = Limits(cached=cached)
     chosen = None if backend is None else backends.read(backend)
-    door = server.Door(host, port, key, limits, apart=True, workers=workers, backend=chosen)
+    asked = None if judge is None else backends.read(judge)
+    door = server.Door(host, port, key, limits, apart=True, workers=workers, backend=chosen, judge=asked)
     server.serve(Store.open(opened.database), opened, door, announce)

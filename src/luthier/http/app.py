@@ -8,6 +8,8 @@ It does not know how the server is started, nor who owns the service's life.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -19,6 +21,7 @@ from luthier.http import openapi, problems
 from luthier.http.auth import Guard, fingerprint
 from luthier.http.meter import Meter
 from luthier.http.openai import chat, completions, embeddings, files, fine_tuning, graders, models, parts
+from luthier.metrics import Ask
 from luthier.serving.service import Service
 from luthier.store import RequestRecord
 from luthier.uploads import Uploads
@@ -26,8 +29,11 @@ from luthier.uploads import Uploads
 BELOW_V1 = {"chat", "completions", "files", "fine_tuning", "models", "uploads"}
 
 
-def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
-    """The ASGI app over a started service; every route but /health asks for `key`."""
+def create_app(
+    service: Service, key: str, uploads: Uploads, judges: Mapping[str, Ask] | None = None
+) -> FastAPI:
+    """The ASGI app over a started service; every route but /health asks for `key`. `judges`: graders may
+    ask these, by name, of other servers."""
     app = FastAPI(
         title="luthier", docs_url=None, redoc_url=None, redirect_slashes=False
     )  # the docs pages would load scripts from afar
@@ -55,7 +61,7 @@ def create_app(service: Service, key: str, uploads: Uploads) -> FastAPI:
     app.include_router(chat.routes(service, note))
     app.include_router(completions.routes(service, note))
     app.include_router(embeddings.routes(service, note))
-    app.include_router(graders.routes(service))
+    app.include_router(graders.routes(service, judges or {}))
     app.include_router(fine_tuning.routes(service.store, uploads.home, uploads))
     app.include_router(models.routes(service.router))
     app.include_router(files.routes(uploads))

@@ -21,6 +21,7 @@ from typing import Any
 
 import uvicorn
 
+from luthier import backends
 from luthier.errors import ServeError
 from luthier.home import Home
 from luthier.http.app import create_app
@@ -40,7 +41,7 @@ BEAT_S = 0.05
 class Door:
     """Where to listen and how much to take on. Without a `key` a new one is made; set `stop` to end it.
     `apart`: the engine is a process of its own. `workers`: processes that carry out fine-tuning jobs.
-    `backend`: what computes the answers, if not our own engine."""
+    `backend`: what computes the answers, if not our own engine. `judge`: whom graders may ask elsewhere."""
 
     host: str = "127.0.0.1"
     port: int = 8321
@@ -50,6 +51,7 @@ class Door:
     apart: bool = False
     workers: int = 0
     backend: Part | None = None
+    judge: Part | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -58,13 +60,14 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
     if door.key is not None and len(door.key) < 8:
         raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
     key = door.key or new_key()
+    judges = {} if door.judge is None else backends.judges(door.judge)
     service = Service(store, home, door.limits, door.threads, door.apart, door.backend)
     with _claimed(door.host, door.port) as claimed, _signals(door.stop), service, hired(home, door.workers):
         service.warm()
         uploads = Uploads(store, home)
         uploads.sweep()
         config = uvicorn.Config(
-            create_app(service, key, uploads),
+            create_app(service, key, uploads, judges),
             http=Patient,
             ws="none",
             lifespan="off",

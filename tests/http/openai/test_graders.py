@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 
+from luthier import backends
+from luthier.errors import ServeError
 from luthier.serving.limits import Limits
 from tests.http.running import Client, threaded
 from tests.metrics.test_graders import BOTH, CHECK, CLOSE, JUDGE
@@ -80,3 +82,33 @@ def test_a_judge_is_a_model_of_this_server(graders: Any) -> None:
     assert scored.reward == 2.5 and scored.metadata.sampled_model_name == judge["model"]
     stranger = graders.run(grader={**JUDGE, "model": "gpt-4o"}, model_sample="x").metadata.errors
     assert stranger.api_model_grader_server_error and stranger.api_model_grader_server_error_details
+
+
+@pytest.mark.parametrize(("model", "reward", "details"), [(NAME, 0.25, None), ("nobody", 0.0, "404")])
+def test_a_judge_that_the_operator_named_is_asked_where_it_is(
+    world: World,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    reward: float,
+    details: str | None,
+) -> None:
+    """The other server answers as itself, or says why not; what it babbles is worth `failure_score`."""
+    monkeypatch.setenv("TEST_JUDGE_KEY", client.key)
+    judge = backends.read(f"{{name: remote, url: '{client.url}', model: {model}, key_env: TEST_JUDGE_KEY}}")
+    grader = {**JUDGE, "model": model, "failure_score": 0.25, "range": [0, 1]}
+    asked = {"grader": grader, "item": {"answer": "x", "question": "x"}, "model_sample": "x"}
+    with (
+        threaded(world.store, world.home, limits=Limits(grace_s=1.0), judge=judge) as server,
+        server.open() as door,
+    ):
+        found = door.post("/v1/fine_tuning/alpha/graders/run", json=asked).json()
+    errors = found["metadata"]["errors"]
+    assert found["reward"] == reward
+    assert errors["model_grader_server_error"] is (details is not None)
+    assert details is None or f"it does not answer ({details}" in errors["model_grader_server_error_details"]
+
+
+def test_a_backend_that_cannot_judge_is_refused() -> None:
+    with pytest.raises(ServeError, match="no judge"):
+        backends.judges(backends.read("embedded"))

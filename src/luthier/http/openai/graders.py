@@ -20,7 +20,7 @@ from luthier import metrics
 from luthier.errors import GraderError, LuthierError
 from luthier.http.exchange import Exchange
 from luthier.http.problems import RequestError
-from luthier.metrics import Question
+from luthier.metrics import Ask, Question
 from luthier.plugins import Part, load
 from luthier.rows import Message, Role
 from luthier.serving.service import Options, Service
@@ -47,7 +47,8 @@ class ToRun(ToValidate):
     item: dict[str, Any] = Field(default={})
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Service, elsewhere: Mapping[str, Ask]) -> APIRouter:
+    """`elsewhere`: judges by name that another server is asked for."""
     router = APIRouter()
 
     @router.post(f"{PLACE}/validate", openapi_extra=_body(ToValidate))
@@ -61,20 +62,22 @@ def routes(service: Service) -> APIRouter:
     async def run(request: Request) -> dict[str, Any]:
         """What a grader gives one answer."""
         asked = await _read(request, service, ToRun)
-        return await run_in_threadpool(_graded, asked, service)
+        return await run_in_threadpool(_graded, asked, Judges(service, elsewhere))
 
     return router
 
 
 class Judges:
-    """Asks the server's own models, and counts what they were asked."""
+    """Asks the server's own models, or another server for those that the operator named."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, elsewhere: Mapping[str, Ask]) -> None:
+        self._service, self._elsewhere = service, elsewhere
         self.model: str | None = None
 
     def __call__(self, question: Question) -> str:
         self.model = question.model
+        if question.model in self._elsewhere:
+            return self._elsewhere[question.model](question)
         turns = [Message(Role(role), text) for role, text in question.turns]
         options = Options(
             max_tokens=question.max_new_tokens, temperature=question.temperature, top_p=question.top_p,
@@ -92,8 +95,8 @@ class NotAsked(GraderError):
     flag = "model_grader_server_error"
 
 
-def _graded(asked: ToRun, service: Service) -> dict[str, Any]:
-    part, judges = _part(asked.grader), Judges(service)
+def _graded(asked: ToRun, judges: Judges) -> dict[str, Any]:
+    part = _part(asked.grader)
     began = time.perf_counter()
     reward, failed = 0.0, None
     scores: Mapping[str, float] = {}
