@@ -77,6 +77,7 @@ def start(base: Path, scratch: Path, threads: int) -> subprocess.Popen[str]:
 
 async def phases(job: Job, asked: argparse.Namespace, pid: int) -> dict[str, Any]:
     await ask(job, "warm up", 8)
+    await capacity(job, asked.tokens, 5.0)  # what is made ready at the first use is made ready here
     rate = await capacity(job, asked.tokens, min(20.0, asked.seconds))
     if rate * asked.factor * asked.seconds > MOST:
         raise SystemExit(f"{rate:.1f} answers a second are too many for {MOST} requests: raise --tokens")
