@@ -17,7 +17,7 @@ from luthier.serving.service import Options, Service
 from luthier.serving.shadow import similarity
 from luthier.serving.splits import Action, Kind, Splits
 from luthier.serving.traffic import Route
-from luthier.serving.worker import Ask, End, Event, Said
+from luthier.serving.worker import Ask, End, Event, Reason, Said
 from luthier.store import RequestRecord
 from tests.serving.make_home import NAME, PROMPTS, TOKENS, World, asked, copy_home
 
@@ -210,3 +210,13 @@ def test_the_key_of_an_answer_holds_everything_it_depends_on(mine: World, servic
     keys.add(key_of(service.prepare(other, asked("hi"), Options()), "a"))
     keys.add(key_of(service.prepare(target, asked("hi"), Options()), "b"))
     assert len(keys) == 11 and None not in keys
+
+
+def test_an_answer_is_known_before_its_end_is_told(mine: World, service: Service) -> None:
+    cache = service.traffic.cache
+    assert cache is not None
+    known: list[bool] = []
+    hear = cache.tee("a key", lambda event: known.append(cache.get("a key") is not None))
+    hear(Said(1, "one"))
+    hear(End(Reason.STOP, ""))
+    assert known == [False, True]

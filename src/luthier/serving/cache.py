@@ -57,14 +57,13 @@ class Cache:
 
         def hear(event: Event) -> None:
             nonlocal size
+            if not isinstance(event, Failed):
+                size += _size(event)
+                if size <= LARGEST:
+                    heard.append(event)
+                    if isinstance(event, End):  # kept before it is told, so whoever hears it finds it known
+                        self._put(key, tuple(heard), size)
             sink(event)
-            if isinstance(event, Failed):
-                return
-            size += _size(event)
-            if size <= LARGEST:
-                heard.append(event)
-                if isinstance(event, End):
-                    self._put(key, tuple(heard), size)
 
         return hear
 
