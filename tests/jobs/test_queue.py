@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from luthier.jobs import ask
-from luthier.jobs.asked import Refused
+from luthier.jobs import ask, spec
+from luthier.jobs.asked import Create, Refused
 from luthier.jobs.queue import NoJob
 from luthier.jobs.records import Claim, Job, Note
 from tests import databases
@@ -154,15 +155,34 @@ def test_a_job_object_is_what_the_official_client_reads(world: World) -> None:
     world.queue.cancel(None, job.id)
 
 
+def test_a_judge_may_be_named_as_the_base_that_is_tuned() -> None:
+    judge = {"type": "score_model", "name": "x", "model": "tiny", "input": [{"role": "user", "content": "?"}]}
+    both = {"type": "multi", "name": "b", "graders": {"x": judge}, "calculate_output": "x"}
+    for grader in (judge, both):
+        method = {"type": "reinforcement", "reinforcement": {"grader": grader}}
+        asked = Create.model_validate({"model": "tiny", "training_file": "file-1", "method": method})
+        made = spec.objective(asked, {"compute_multiplier": 1.0})["grader"]
+        assert (made.get("graders", {}).get("x") or made)["model"] == "base"
+
+
 @pytest.mark.parametrize(
     ("grader", "param"),
     [
         ({"type": "python", "source": "def grade(): ..."}, "method.reinforcement.grader.type"),
         ({"type": "string_check", "name": "x", "operation": "almost"}, "method.reinforcement.grader"),
+        (
+            {
+                "type": "score_model",
+                "name": "x",
+                "model": "gpt-4o",
+                "input": [{"role": "user", "content": "?"}],
+            },
+            "method.reinforcement.grader.model",
+        ),
     ],
 )
 def test_what_is_no_grader_here_is_refused_before_a_job_is_made(
-    world: World, grader: dict[str, str], param: str
+    world: World, grader: dict[str, Any], param: str
 ) -> None:
     method = {"type": "reinforcement", "reinforcement": {"grader": grader}}
     with pytest.raises(Refused) as caught:

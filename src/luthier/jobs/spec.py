@@ -64,7 +64,7 @@ def available(asked: Create) -> None:
     if OBJECTIVES[kind] not in plugins.names("objectives"):  # luthier was taken apart, or is of an older day
         raise Refused(f"method {kind!r} is not available here", param="method", code="unsupported_method")
     if asked.how.reinforcement is not None:
-        _grader(asked.how.reinforcement.grader)
+        _grader(asked.how.reinforcement.grader, asked.model)
     licence = (asked.metadata or {}).get("licence")
     if licence is not None and _licence.spdx(licence) is None:
         raise Refused(_licence.unknown(licence), param="metadata.licence", code="invalid_value")
@@ -170,17 +170,39 @@ def objective(asked: Create, values: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": "dpo", "beta": values["beta"]}
     if kind == "reinforcement" and asked.how.reinforcement is not None:
         group = max(2, min(256, round(GROUP * values["compute_multiplier"])))
-        grader = _grader(asked.how.reinforcement.grader).as_dict()
+        grader = _grader(asked.how.reinforcement.grader, asked.model).as_dict()
         return {"name": "grpo", "grader": grader, "group": group, "max_new_tokens": ANSWER}
     return {"name": "sft"}
 
 
-def _grader(grader: object) -> Part:
+def _grader(grader: object, base: str) -> Part:
     """The grader as a part, or `Refused` naming the field."""
+    where = "method.reinforcement.grader"
     try:
-        return metrics.read(grader, "method.reinforcement.grader")
+        return metrics.read(_judged(grader, base, where), where)
     except GraderError as error:
         raise Refused(error.what, param=error.where, code="invalid_grader") from None
+
+
+def _judged(grader: object, base: str, where: str) -> object:
+    """The same with the base as the judge's name: while training, it is the only model at hand."""
+    if not isinstance(grader, Mapping):
+        return grader
+    found, members = dict(grader), grader.get("graders")
+    if found.get("type") == "score_model" and found.get("model") not in (None, "base"):
+        if found["model"] != base:
+            raise GraderError(
+                f"the judge of a job is the base that it tunes: name {base!r}", where=f"{where}.model"
+            )
+        found["model"] = "base"
+    if found.get("type") == "multi" and isinstance(members, Mapping):
+        single = isinstance(members.get("type"), str)
+        found["graders"] = (
+            _judged(members, base, f"{where}.graders")
+            if single
+            else {name: _judged(each, base, f"{where}.graders.{name}") for name, each in members.items()}
+        )
+    return found
 
 
 def gates(kind: str) -> list[dict[str, Any]]:

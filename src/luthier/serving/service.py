@@ -263,11 +263,20 @@ class Service:
             return self.engine.state.value
         return "ok" if self.engine.alive else "failed"
 
-    def talk(self, model: str, messages: Sequence[Message], options: Options | None = None) -> Iterator[str]:
-        """One answer in pieces, in this thread. Leaving the loop early cancels the rest."""
-        ask = self.prepare(self.router.resolve(model), messages, options or Options())
+    def talk(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        options: Options | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[str]:
+        """One answer in pieces, in this thread. Leaving the loop early cancels the rest.
+
+        `tenant`: whose models may be named and whose turn it is; None sees all.
+        """
+        ask = self.prepare(self.router.resolve(model, tenant), messages, options or Options())
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        cancel = self.submit(ask, events.put)
+        cancel = self.submit(ask, events.put, Turn(tenant) if tenant else None)
         try:
             while True:
                 match events.get():

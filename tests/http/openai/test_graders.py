@@ -8,9 +8,11 @@ from typing import Any
 import openai
 import pytest
 
-from luthier import backends
+from luthier import backends, metrics
 from luthier.errors import ServeError
+from luthier.http.openai.graders import Judges, NotAsked
 from luthier.serving.limits import Limits
+from luthier.serving.service import Service
 from tests.http.running import Client, threaded
 from tests.metrics.test_graders import BOTH, CHECK, CLOSE, JUDGE
 from tests.serving.make_home import NAME, World
@@ -112,3 +114,11 @@ def test_a_judge_that_the_operator_named_is_asked_where_it_is(
 def test_a_backend_that_cannot_judge_is_refused() -> None:
     with pytest.raises(ServeError, match="no judge"):
         backends.judges(backends.read("embedded"))
+
+
+def test_a_judge_is_asked_as_the_caller_and_another_tenants_model_is_none(world: World) -> None:
+    with Service(world.store, world.home, Limits(default_tokens=4, grace_s=1.0)) as service:
+        question = metrics.Question(f"{NAME}@production", (("user", "hello"),), 4)
+        assert isinstance(Judges(service, {}, "local")(question), str)
+        with pytest.raises(NotAsked, match="unknown model"):
+            Judges(service, {}, "someone")(question)

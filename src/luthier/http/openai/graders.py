@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier import metrics
 from luthier.errors import GraderError, LuthierError
+from luthier.http.auth import caller
 from luthier.http.exchange import Exchange
 from luthier.http.problems import RequestError
 from luthier.metrics import Ask, Question
@@ -62,16 +63,17 @@ def routes(service: Service, elsewhere: Mapping[str, Ask]) -> APIRouter:
     async def run(request: Request) -> dict[str, Any]:
         """What a grader gives one answer."""
         asked = await _read(request, service, ToRun)
-        return await run_in_threadpool(_graded, asked, Judges(service, elsewhere))
+        judges = Judges(service, elsewhere, caller(request).tenant)
+        return await run_in_threadpool(_graded, asked, judges)
 
     return router
 
 
 class Judges:
-    """Asks the server's own models, or another server for those that the operator named."""
+    """Asks the models that the caller may ask, or another server for those that the operator named."""
 
-    def __init__(self, service: Service, elsewhere: Mapping[str, Ask]) -> None:
-        self._service, self._elsewhere = service, elsewhere
+    def __init__(self, service: Service, elsewhere: Mapping[str, Ask], tenant: str) -> None:
+        self._service, self._elsewhere, self._tenant = service, elsewhere, tenant
         self.model: str | None = None
 
     def __call__(self, question: Question) -> str:
@@ -84,7 +86,7 @@ class Judges:
             seed=question.seed,
         )  # fmt: skip
         try:
-            return "".join(self._service.talk(question.model, turns, options))
+            return "".join(self._service.talk(question.model, turns, options, self._tenant))
         except LuthierError as error:
             raise NotAsked(error.what, hint=error.hint) from error
 
