@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier import cli_bases, cli_jobs, cli_traffic, tables
+from luthier import cli_bases, cli_jobs, cli_keys, cli_traffic, tables
 from luthier.door import AsJson, Home, errors, results
 from luthier.door import answer as _answer
 from luthier.door import door as _door
@@ -36,6 +36,7 @@ app = typer.Typer(
 app.add_typer(cli_bases.app, name="bases")
 app.command()(cli_bases.share)
 cli_traffic.register(app)
+cli_keys.register(app)
 app.add_typer(cli_jobs.app, name="jobs")
 app.command()(cli_jobs.work)
 app.command("import-openai")(cli_jobs.import_openai)
@@ -128,6 +129,13 @@ def serve(  # noqa: PLR0913 - each is an option of the command
         str | None,
         typer.Option(help="whom graders may ask: '{name: remote, url: …, model: …, key_env: …}'"),
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="certificate chain, PEM; with --tls-key: HTTPS")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its private key, PEM")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="listen beyond this machine without TLS")
+    ] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -150,9 +158,10 @@ def serve(  # noqa: PLR0913 - each is an option of the command
 
         if demo or base is not None:
             brought |= cli_bases.admitted(None, base, "LicenseRef-own", home)
+        secure = http.Secure(tls_cert, tls_key, insecure)
         http.serve(
             home=home, host=host, port=port, key=key, workers=workers, cached=cache, backend=backend,
-            judge=judge, announce=announce,
+            judge=judge, secure=secure, announce=announce,
         )  # fmt: skip
 
 

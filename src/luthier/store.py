@@ -99,6 +99,8 @@ class RequestRecord:
     first_token_s: float | None = None
     total_s: float = 0.0
     error: str | None = None
+    key_id: str | None = None
+    tenant: str | None = None
 
 
 class Store:

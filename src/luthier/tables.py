@@ -206,6 +206,29 @@ def bases(console: Console, found: Sequence[Row]) -> None:
     console.print(table)
 
 
+def keys(console: Console, found: Sequence[Row]) -> None:
+    if not found:
+        console.print("no key yet: luthier keys create")
+        return
+    table = _table("id", "tenant", "name", "begins", "scopes", "a minute", "tokens a day", "state", "until")
+    for key in found:
+        spent = f"{key['tokens_today']:,} of " if "tokens_today" in key else ""
+        tokens = f"{spent}{key['tokens_per_day']:,}" if key["tokens_per_day"] else ""
+        table.add_row(
+            key["id"], key["tenant"], key["name"], key["prefix"] + "…", " ".join(key["scopes"]),
+            str(key["requests_per_minute"] or ""), tokens, key["state"], (key["expires_at"] or "")[:16],
+        )  # fmt: skip
+    console.print(table)
+
+
+def audit(console: Console, found: Sequence[Row]) -> None:
+    table = _table("entry", "at", "who", "tenant", "what", "to")
+    for entry in found:
+        row = (str(entry["seq"]), entry["at"][:19], entry["actor"], entry["tenant"], entry["action"])
+        table.add_row(*row, entry["target"])
+    console.print(table)
+
+
 def serving(console: Console, ready: Row) -> None:
     console.print(f"serving at [bold]{ready['url']}[/]   key: {ready['key']}", soft_wrap=True)
     client = f"OpenAI(base_url={ready['url'] + '/v1'!r}, api_key={ready['key']!r})"

@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's chat API over the service, bound to this machine and closed by a key.
+"""The HTTP door: OpenAI's chat API over the service, bound to this machine and closed by keys.
 
 This module is what the command line calls; nothing heavy is imported before it serves.
 """
@@ -6,12 +6,25 @@ This module is what the command line calls; nothing heavy is imported before it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
 def _quiet(ready: dict[str, Any]) -> None:
     del ready
+
+
+@dataclass(frozen=True)
+class Secure:
+    """TLS by these PEM files, or none; without it only this machine is listened to, unless `insecure`."""
+
+    cert: Path | None = None
+    key: Path | None = None
+    insecure: bool = False
+
+
+PLAIN = Secure()
 
 
 def serve(  # noqa: PLR0913 - each is an option of the command
@@ -24,6 +37,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     cached: int = 0,
     backend: str | None = None,
     judge: str | None = None,
+    secure: Secure = PLAIN,
     announce: Callable[[dict[str, Any]], None] = _quiet,
 ) -> None:
     """Serve the releases of a home until SIGTERM or Ctrl-C, following alias moves at once.
@@ -45,5 +59,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     limits = Limits(cached=cached)
     chosen = None if backend is None else backends.read(backend)
     asked = None if judge is None else backends.read(judge)
-    door = server.Door(host, port, key, limits, apart=True, workers=workers, backend=chosen, judge=asked)
+    door = server.Door(
+        host, port, key, limits, apart=True, workers=workers, backend=chosen, judge=asked, secure=secure
+    )
     server.serve(Store.open(opened.database), opened, door, announce)

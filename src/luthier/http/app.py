@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from luthier.assemblies import Assemblies
 from luthier.errors import LuthierError
 from luthier.http import openapi, problems
-from luthier.http.auth import Guard, fingerprint
+from luthier.http.auth import Guard
 from luthier.http.meter import Meter
 from luthier.http.openai import chat, completions, embeddings, files, fine_tuning, graders, models, parts
 from luthier.metrics import Ask
@@ -26,18 +26,16 @@ from luthier.serving.service import Service
 from luthier.store import RequestRecord
 from luthier.uploads import Uploads
 
-BELOW_V1 = {"chat", "completions", "files", "fine_tuning", "models", "uploads"}
-
 
 def create_app(
     service: Service, key: str, uploads: Uploads, judges: Mapping[str, Ask] | None = None
 ) -> FastAPI:
-    """The ASGI app over a started service; every route but /health asks for `key`. `judges`: graders may
-    ask these, by name, of other servers."""
+    """The ASGI app over a started service; every route but /health asks for a key, and `key` opens all.
+    `judges`: graders may ask these, by name, of other servers."""
     app = FastAPI(
         title="luthier", docs_url=None, redoc_url=None, redirect_slashes=False
     )  # the docs pages would load scripts from afar
-    app.add_middleware(Guard, key_sha256=fingerprint(key))
+    app.add_middleware(Guard, store=service.store, served=key)
     app.add_exception_handler(LuthierError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _misspelt)
@@ -76,10 +74,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     code = error.status_code if isinstance(error, HTTPException) else 404
-    path = request.url.path
-    what = "this path does not take this method" if code == 405 else f"no such path: {path[:100]}"
-    if code == 404 and path.split("/")[1] in BELOW_V1:  # a client whose base_url is the bare url
-        what += "; the client's base_url ends with /v1"
+    what = "this path does not take this method" if code == 405 else problems.no_path(request.url.path)
     return problems.refusal(code, what, None)
 
 

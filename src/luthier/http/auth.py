@@ -1,59 +1,239 @@
-"""The key: every path but /health asks for it before anything else happens.
+"""Who may do what: every request is asked for a key, and every route for a line in the table below.
 
-RFC 6750 (`Authorization: Bearer …`). Only the key's SHA-256 is kept, and it is compared in constant time,
-so neither memory dumps nor timing give it away. A plain hash is enough for a key of 256 random bits; a
-key that a person chose is only as good as their choice. It knows one key, no scopes and no tenants.
+RFC 6750 (`Authorization: Bearer …`). The gate stands before the router and matches the path itself, so a
+route that somebody adds is closed until the table opens it: what the table does not name is answered 404 or
+405 and never reaches a handler. A key is looked up for each request, so a revoked or expired one opens
+nothing from the next request on. What changes something is noted in the audit log once it is done, by the
+route and what its path names, never with a body; so are refusals, a bounded number a minute.
+
+It does not know which file or job belongs to whom: handlers ask `caller(request).tenant`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import secrets
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.routing import compile_path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from luthier import audit, budgets, keys
+from luthier.budgets import Allowance
 from luthier.http import problems
-from luthier.keys import LOCAL, Caller
+from luthier.keys import Caller, Key
+from luthier.keys import Scope as May
+from luthier.store import Store
 
-OPEN_PATHS = frozenset({"/health"})
-
-
-def new_key() -> str:
-    return f"lt-{secrets.token_urlsafe(32)}"
-
-
-def fingerprint(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+CALLER = "luthier.caller"
+REFUSALS = 30  # refusals that are noted in a minute; the rest are only counted
 
 
-class Guard:
-    """ASGI middleware, so that a new route is closed unless it is listed here as open."""
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Any one of these scopes opens a route; `admin` opens all. `operator`: the server's own admin alone."""
 
-    def __init__(self, app: ASGIApp, key_sha256: bytes) -> None:
-        self._app = app
-        self._key_sha256 = key_sha256
+    any_of: frozenset[May]
+    operator: bool = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
-            refused = problems.refusal(
-                401, "incorrect or missing API key", "invalid_api_key", {"www-authenticate": "Bearer"}
-            )
-            await refused(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+    def allows(self, who: Caller) -> bool:
+        return who.operator if self.operator else who.may(self.any_of)
 
-    def _knows(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) != 1:
-            return False
-        scheme, _, key = given[0].partition(b" ")
-        right = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._key_sha256)
-        return right and scheme.lower() == b"bearer"
+
+def _any(*scopes: May) -> Need:
+    return Need(frozenset(scopes))
+
+
+OPEN = None
+OPERATOR = Need(frozenset(), operator=True)
+INFER, TRAIN = _any(May.INFER), _any(May.TRAIN)
+SEE = _any(May.READ, May.TRAIN)  # one's own files, jobs and their results
+ANY = _any(May.READ, May.TRAIN, May.INFER)
+JOB = "/v1/fine_tuning/jobs/{job}"
+PERMISSIONS = "/v1/fine_tuning/checkpoints/{model:path}/permissions"
+ROUTES: dict[str, Need | None] = {
+    "GET /health": OPEN,
+    "GET /metrics": OPERATOR,
+    "GET /openapi.json": ANY,
+    "GET /v1/models": ANY,
+    "GET /v1/models/{model:path}": ANY,
+    "DELETE /v1/models/{model:path}": TRAIN,
+    "POST /v1/chat/completions": INFER,
+    "POST /v1/completions": INFER,
+    "POST /v1/embeddings": INFER,
+    "POST /v1/files": TRAIN,
+    "GET /v1/files": SEE,
+    "GET /v1/files/{file}": SEE,
+    "GET /v1/files/{file}/content": SEE,
+    "DELETE /v1/files/{file}": TRAIN,
+    "POST /v1/uploads": TRAIN,
+    "POST /v1/uploads/{upload}/parts": TRAIN,
+    "POST /v1/uploads/{upload}/complete": TRAIN,
+    "POST /v1/uploads/{upload}/cancel": TRAIN,
+    "POST /v1/fine_tuning/jobs": TRAIN,
+    "GET /v1/fine_tuning/jobs": SEE,
+    "POST /v1/fine_tuning/quotes": TRAIN,
+    f"GET {JOB}": SEE,
+    f"GET {JOB}/events": SEE,
+    f"GET {JOB}/checkpoints": SEE,
+    f"POST {JOB}/cancel": TRAIN,
+    f"POST {JOB}/pause": TRAIN,
+    f"POST {JOB}/resume": TRAIN,
+    f"GET {PERMISSIONS}": TRAIN,
+    f"POST {PERMISSIONS}": TRAIN,
+    f"DELETE {PERMISSIONS}/{{permission}}": TRAIN,
+    "POST /v1/fine_tuning/alpha/graders/run": TRAIN,
+    "POST /v1/fine_tuning/alpha/graders/validate": TRAIN,
+}
+ANSWERS = {
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/embeddings",
+}  # the request log has them
 
 
 def caller(request: Request) -> Caller:
-    """Who asks: with one key there is one caller."""
-    del request
-    return LOCAL
+    """Who sent this request; every handler of a closed route may ask."""
+    who = request.scope[CALLER]
+    assert isinstance(who, Caller)
+    return who
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    route: str
+    method: str
+    path: re.Pattern[str]
+    need: Need | None
+
+
+def _lines(routes: dict[str, Need | None]) -> tuple[_Line, ...]:
+    return tuple(
+        _Line(route, route.split()[0], compile_path(route.split()[1])[0], need)
+        for route, need in routes.items()
+    )
+
+
+class Guard:
+    """ASGI middleware. `served` is the one key that is not in the store: the one `serve` was given."""
+
+    def __init__(self, app: ASGIApp, *, store: Store, served: str) -> None:
+        self._app = app
+        self._store = store
+        self._served_sha256 = keys.fingerprint(served.encode("utf-8", "surrogateescape"))
+        self._lines = _lines(ROUTES)
+        self._refused: list[float] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # there are no websockets here
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        at_path = [line for line in self._lines if line.path.fullmatch(scope["path"])]
+        lines = [line for line in at_path if line.method == method]
+        if lines and lines[0].need is OPEN:
+            await self._app(scope, receive, send)
+            return
+        found = await run_in_threadpool(self._who, scope)
+        if isinstance(found, str):
+            await run_in_threadpool(self._note_refusal, scope, found)
+            await _unknown(found)(scope, receive, send)
+            return
+        who, key = found
+        if not lines:
+            await _nowhere(scope, known=bool(at_path))(scope, receive, send)
+        elif lines[0].need is not None and not lines[0].need.allows(who):
+            await run_in_threadpool(self._note_refusal, scope, "missing scope", who)
+            await _forbidden(lines[0].need)(scope, receive, send)
+        else:
+            scope[CALLER] = who
+            await self._let_in(scope, receive, send, (lines[0], who, key))
+
+    async def _let_in(
+        self, scope: Scope, receive: Receive, send: Send, what: tuple[_Line, Caller, Key | None]
+    ) -> None:
+        """Within its budget; and into the audit log if it changed something."""
+        line, who, key = what
+        left = Allowance(0)
+        if key is not None and (key.budget.requests_per_minute or key.budget.tokens_per_day):
+            left = await run_in_threadpool(budgets.take, self._store, key)
+        extra = _told(left)
+        if left.retry_after_s:
+            await _spent(left, extra)(scope, receive, send)
+            return
+        status = 500
+
+        async def heard(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, heard)
+        finally:
+            if line.method != "GET" and line.route not in ANSWERS and status < 400:
+                await run_in_threadpool(self._note, line, scope["path"], who)
+
+    def _who(self, scope: Scope) -> tuple[Caller, Key | None] | str:
+        """The caller and its key, or why there is none."""
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, secret = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        secret = secret.strip()
+        if scheme.lower() != b"bearer" or not secret:
+            return "incorrect or missing API key"
+        if hmac.compare_digest(keys.fingerprint(secret), self._served_sha256):
+            return Caller(keys.SERVED, keys.LOCAL, frozenset({May.ADMIN})), None
+        key = keys.recognise(self._store, secret)
+        if key is None:
+            return "incorrect or missing API key"
+        return (key.caller, key) if key.state == "active" else f"this API key is {key.state}"
+
+    def _note(self, line: _Line, path: str, who: Caller) -> None:
+        audit.note(self._store, line.route, path[:200], actor=who.key_id, tenant=who.tenant)
+
+    def _note_refusal(self, scope: Scope, why: str, who: Caller | None = None) -> None:
+        moment = time.monotonic()
+        self._refused = [at for at in self._refused if moment - at < 60.0]
+        if len(self._refused) >= REFUSALS:
+            return
+        self._refused.append(moment)
+        facts = {"why": why, "method": scope["method"], "client": (scope.get("client") or ("?",))[0]}
+        actor, tenant = (who.key_id, who.tenant) if who else ("unknown", "")
+        audit.note(self._store, "refused", scope["path"][:200], actor=actor, tenant=tenant, facts=facts)
+
+
+def _told(left: Allowance) -> list[tuple[bytes, bytes]]:
+    """What is left, in OpenAI's headers."""
+    found = {
+        "limit-requests": left.limit_requests, "remaining-requests": left.left_requests,
+        "limit-tokens": left.limit_tokens, "remaining-tokens": left.left_tokens,
+    }  # fmt: skip
+    told = {name: str(value) for name, value in found.items() if value is not None}
+    return [(f"x-ratelimit-{name}".encode(), value.encode()) for name, value in told.items()]
+
+
+def _spent(left: Allowance, extra: list[tuple[bytes, bytes]]) -> Any:
+    headers = {name.decode(): value.decode() for name, value in extra}
+    headers["retry-after"] = str(left.retry_after_s)
+    what = f"this key's budget of {left.of} is used up; try again in {left.retry_after_s} s"
+    return problems.refusal(429, what, "rate_limit_exceeded", headers)
+
+
+def _unknown(why: str) -> Any:
+    return problems.refusal(401, why, "invalid_api_key", {"www-authenticate": "Bearer"})
+
+
+def _nowhere(scope: Scope, *, known: bool) -> Any:
+    if known:
+        return problems.refusal(405, "this path does not take this method", None)
+    return problems.refusal(404, problems.no_path(scope["path"]), None)
+
+
+def _forbidden(need: Need) -> Any:
+    wanted = " or ".join(sorted(need.any_of or {May.ADMIN}))
+    return problems.refusal(403, f"this key may not do this: it takes the scope {wanted}", "missing_scope")

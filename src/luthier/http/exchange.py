@@ -47,6 +47,7 @@ class TooSlow(RequestError):
 class Exchange:
     def __init__(self, request: Request, note: Callable[[RequestRecord, str], None]) -> None:
         self.request = request
+        self.who = caller(request)
         self._note: Callable[[RequestRecord, str], None] | None = note
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._cancels: list[Callable[[], None]] = []
@@ -89,7 +90,7 @@ class Exchange:
 
     async def find(self, service: Service, model: str, user: str | None) -> Target:
         """The release that answers, for a caller who may see it."""
-        who = caller(self.request)
+        who = self.who
 
         def route() -> Route:
             target = service.router.resolve(model, who.tenant)
@@ -105,7 +106,7 @@ class Exchange:
         makes the same request of another release, for a shadow."""
         assert self.route is not None, "`find` comes first"
         loop = asyncio.get_running_loop()
-        turn = Turn(caller(self.request).tenant)
+        turn = Turn(self.who.tenant)
 
         def sink(at: int) -> Callable[[Event], None]:
             def hear(event: Event) -> None:
@@ -158,6 +159,8 @@ class Exchange:
             first_token_s=self._first_token_s,
             total_s=time.monotonic() - self._began_s,
             error=self.error,
+            key_id=self.who.key_id,
+            tenant=self.who.tenant,
         )
         if self.route is not None:
             self.route.ended(record)

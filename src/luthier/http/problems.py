@@ -16,6 +16,7 @@ from luthier.errors import GateRefused, LuthierError, NotFound, ServeError
 from luthier.serving.limits import Busy
 from luthier.serving.service import NoToken, TooLong
 
+BELOW_V1 = {"chat", "completions", "embeddings", "files", "fine_tuning", "models", "uploads"}
 KINDS = {403: "permission_error", 429: "rate_limit_error"}
 CODES: tuple[tuple[type[LuthierError], str], ...] = (
     (TooLong, "context_length_exceeded"),
@@ -86,6 +87,14 @@ def refusal(
     """A refusal that has no exception behind it (no route, no key)."""
     kind = KINDS.get(code, "invalid_request_error" if code < 500 else "server_error")
     return JSONResponse(_shape(message, kind, None, reason), code, headers=headers)
+
+
+def no_path(path: str) -> str:
+    """What to say of a path that leads nowhere."""
+    what = f"no such path: {path[:100]}"
+    if path.split("/")[1:2] and path.split("/")[1] in BELOW_V1:  # a client whose base_url is the bare url
+        what += "; the client's base_url ends with /v1"
+    return what
 
 
 def _shape(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """Starting and stopping: claim the port, load what is in production, answer, leave in good order.
 
-uvicorn (https://www.uvicorn.org) speaks HTTP/1.1. Who does not read is cut off
-(`http.patience`). On SIGTERM or Ctrl-C no new request is taken, those under
-way may finish within the grace time, what is then left gets a well-formed error, and the request log is
-written out. It does not know TLS; bind to this machine, or put a proxy that does in front.
+uvicorn (https://www.uvicorn.org) speaks HTTP/1.1. Who does not read is cut off (`http.patience`). On SIGTERM
+or Ctrl-C no new request is taken, those under way may finish within the grace time, what is then left gets a
+well-formed error, and the request log is written out. TLS is uvicorn's; without it only this machine is
+listened to. A client that trickles its headers holds one of `CONNECTIONS` until it ends; a proxy in front is
+what cuts those.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import math
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +24,11 @@ from typing import Any
 
 import uvicorn
 
-from luthier import backends
+from luthier import backends, keys
 from luthier.errors import ServeError
 from luthier.home import Home
+from luthier.http import PLAIN, Secure
 from luthier.http.app import create_app
-from luthier.http.auth import new_key
 from luthier.http.patience import Patient
 from luthier.jobs.work import hired
 from luthier.plugins import Part
@@ -35,6 +38,8 @@ from luthier.store import Store
 from luthier.uploads import Uploads
 
 BEAT_S = 0.05
+CONNECTIONS = 1000  # more are answered 503 at once
+HEADER_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Door:
     workers: int = 0
     backend: Part | None = None
     judge: Part | None = None
+    secure: Secure = PLAIN
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -59,7 +65,8 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
     """Serve until a signal or `door.stop`; `announce({"url", "key", "models"})` once ready to answer."""
     if door.key is not None and len(door.key) < 8:
         raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
-    key = door.key or new_key()
+    _require_tls(door)
+    key = door.key or keys.new_secret()
     judges = {} if door.judge is None else backends.judges(door.judge)
     service = Service(store, home, door.limits, door.threads, door.apart, door.backend)
     with _claimed(door.host, door.port) as claimed, _signals(door.stop), service, hired(home, door.workers):
@@ -75,11 +82,15 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            limit_concurrency=CONNECTIONS,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            ssl_certfile=door.secure.cert,
+            ssl_keyfile=door.secure.key,
             timeout_graceful_shutdown=math.ceil(door.limits.grace_s) + 5,
         )
         listed = service.router.listed()
         models = [entry.model for entry in listed if not entry.model.endswith(entry.digest)]
-        ready = {"url": _url(claimed), "key": key, "models": models}
+        ready = {"url": _url(claimed, door.secure.cert is not None), "key": key, "models": models}
         asyncio.run(_live(uvicorn.Server(config), claimed, service, door, lambda: announce(ready)))
 
 
@@ -154,6 +165,35 @@ def _signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _url(claimed: socket.socket) -> str:
+def _require_tls(door: Door) -> None:
+    """Keys and prompts do not cross a network in the clear, unless somebody says that they may."""
+    given = [path for path in (door.secure.cert, door.secure.key) if path is not None]
+    if len(given) == 1:
+        raise ServeError("TLS takes a certificate and its key", hint="give both --tls-cert and --tls-key")
+    for path in given:
+        if not path.is_file():
+            raise ServeError("this TLS file cannot be read", where=str(path))
+    if given:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*map(str, given))
+        except (ssl.SSLError, OSError) as error:
+            raise ServeError(f"certificate and key cannot be used: {error}", where=str(given[0])) from error
+    elif not door.secure.insecure and not _is_loopback(door.host):
+        raise ServeError(
+            f"{door.host} can be reached from other machines, and keys would cross the network in the clear",
+            hint="give --tls-cert and --tls-key; or --insecure behind a proxy that speaks TLS",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return True  # it cannot be listened on either; that error says more
+    return all(ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found)
+
+
+def _url(claimed: socket.socket, tls: bool) -> str:
     host, port = claimed.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

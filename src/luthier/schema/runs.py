@@ -97,5 +97,5 @@ REQUESTS = Table(
     Column("id", Serial, primary_key=True), Column("at", String), Column("release", String),
     Column("model", String), Column("status", Integer), Column("prompt_tokens", Integer),
     Column("completion_tokens", Integer), Column("first_token_s", Double), Column("total_s", Double),
-    Column("error", String),
+    Column("error", String), Column("key_id", String), Column("tenant", String),
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """The request log's writer: one thread puts records into the store, so that no answer waits for a disk.
 
-A record holds counts, times and the release, never text. If the disk is slower than the requests for so
-long that the queue fills, or refuses a record, the record is dropped and counted: answers come first.
+A record holds counts, times, the release and whose key it was, never text; its tokens go to the key's budget.
+If the disk is slower than the requests for so long that the queue fills, or refuses a record, the record is
+dropped and counted: answers come first.
 It does not know what is done with the log, nor HTTP.
 """
 
@@ -11,6 +12,7 @@ import logging
 import queue
 import threading
 
+from luthier import budgets, keys
 from luthier.store import RequestRecord, Store
 
 ROOM = 10_000
@@ -44,6 +46,9 @@ class Journal:
         while (record := self._queue.get()) is not None:
             try:
                 self._store.log_request(record)
+                if record.key_id not in (None, keys.SERVED):
+                    spent = record.prompt_tokens + record.completion_tokens
+                    budgets.spend(self._store, str(record.key_id), spent)
             except Exception:
                 self.dropped += 1
                 log.exception("a request could not be logged")
