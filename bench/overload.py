@@ -114,7 +114,8 @@ async def capacity(job: Job, tokens: int, seconds: float) -> float:
     async def client() -> None:
         nonlocal done
         while time.perf_counter() - began < seconds:
-            done += (await ask(job, prompt(), tokens))["status"] == 200
+            found = await ask(job, prompt(), tokens)
+            done += found["status"] == 200  # never across an await: others count meanwhile
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
     return done / (time.perf_counter() - began)
