@@ -140,6 +140,7 @@ class Vllm:
     def close(self) -> None:
         self._closed = True  # without the lock: a start that is under way sees it and gives up
         with self._changed:
+            self._changed.notify_all()
             self._end()
 
     def _take(self, door: Door, digest: str, folder: Path) -> None:
@@ -147,7 +148,7 @@ class Vllm:
         while digest not in self._slots and len(self._slots) >= self._params.adapters:
             idle = next((one for one, answers in self._slots.items() if not answers), None)
             if idle is None:
-                if not self._changed.wait(self._params.timeout_s):
+                if self._closed or not self._changed.wait(self._params.timeout_s):
                     raise Unreachable("no place for an adapter became free")
                 continue
             self._post(door, UNLOAD, {"lora_name": idle})
