@@ -44,6 +44,6 @@ def test_readmes_exit_codes_are_the_codes_of_the_errors() -> None:
 
 def test_readme_names_every_verb_and_no_other() -> None:
     verbs = set(get_command(cli.app).commands)  # type: ignore[attr-defined]
-    shown = set(re.findall(r"^luthier (\w+)", block(README.split("## By hand")[1], ""), re.MULTILINE))
-    listed = set(re.findall(r"`(\w+)`", README.split("The other verbs are")[1].split(";")[0]))
+    shown = set(re.findall(r"^luthier ([\w-]+)", block(README.split("## By hand")[1], ""), re.MULTILINE))
+    listed = set(re.findall(r"`([\w-]+)`", README.split("The other verbs are")[1].split(";")[0]))
     assert shown | listed == verbs
