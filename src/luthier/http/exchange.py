@@ -90,6 +90,7 @@ class Exchange:
 
     async def find(self, service: Service, model: str, user: str | None) -> Target:
         """The release that answers, for a caller who may see it."""
+        service.worker.require_room(Turn(self.who.tenant))  # before any thread: a refusal must not queue
         who = self.who
 
         def route() -> Route:

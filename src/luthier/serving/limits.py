@@ -28,7 +28,7 @@ class Limits:
     """`active` answers grow in turn, token by token; `waiting` more may queue; the next gets a 429."""
 
     active: int = 16
-    waiting: int = 64
+    waiting: int = 32
     adapters: int = 32
     bases: int = 2
     default_tokens: int = 256
