@@ -158,6 +158,17 @@ def test_every_way_to_touch_the_log_is_found_out(statement: str, store: Store, t
         audit.verify(tampered(tmp_path, statement))
 
 
+def test_a_cut_tail_is_found_out_even_after_the_log_has_grown_past_it(store: Store, tmp_path: Path) -> None:
+    for n in range(10):
+        audit.note(store, "test", str(n), actor="a", tenant="t")
+    store.close()
+    cut = tampered(tmp_path, "DELETE FROM audit WHERE seq > 5")
+    for n in range(8):
+        audit.note(cut, "later", str(n), actor="a", tenant="t")
+    with pytest.raises(StoreError, match="cut off"):
+        audit.verify(cut)
+
+
 @pytest.mark.parametrize("statement", ["UPDATE audit SET actor = 'b'", "DELETE FROM audit"])
 def test_the_database_itself_refuses_to_change_the_log(statement: str, store: Store, tmp_path: Path) -> None:
     audit.note(store, "test", "x", actor="a", tenant="t")

@@ -13,6 +13,7 @@ The database refuses to change or delete entries; whoever can write to its file 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,7 @@ def entries(store: Store, after: int = 0) -> Iterator[Entry]:
 def verify(store: Store) -> dict[str, Any]:
     """Walk the whole chain; raise `StoreError` naming the first entry that does not fit."""
     seq, previous = 0, START
+    head = _head(store)
     for entry in entries(store):
         seq += 1
         if entry.seq != seq:
@@ -88,8 +90,9 @@ def verify(store: Store) -> dict[str, Any]:
         if entry.hash != _hash(asdict(entry)):
             raise _broken(store, seq, "it was changed after it was written")
         previous = entry.hash
-    head = _head(store)
-    if head is not None and (head["seq"] > seq or (head["seq"] == seq and head["hash"] != previous)):
+        if head is not None and head["seq"] == seq and head["hash"] != previous:
+            raise _broken(store, seq, f"{HEAD} knows another entry {seq}: what stood here was cut off")
+    if head is not None and head["seq"] > seq:
         raise _broken(store, head["seq"], f"{HEAD} knows entry {head['seq']}, the log ends at {seq}")
     if head is None and seq and _place(store) is not None:
         raise _broken(store, seq, f"{HEAD} is gone, so a cut tail could not be seen")
@@ -108,8 +111,17 @@ def _place(store: Store) -> Path | None:
 
 
 def _remember(store: Store, seq: int, entry_hash: str) -> None:
-    place, known = _place(store), _head(store)
-    if place is not None and (known is None or known["seq"] < seq):
+    """Move the head on; one that the log no longer holds stays, as the proof that something is gone."""
+    place = _place(store)
+    if place is None:
+        return
+    with open(place.with_suffix(".lock"), "a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        known = _head(store)
+        if known is not None:
+            held = store.rows(select(AUDIT.c.hash).where(AUDIT.c.seq == known["seq"]))
+            if known["seq"] >= seq or not held or held[0]["hash"] != known["hash"]:
+                return
         artifacts.write_json(place, {"seq": seq, "hash": entry_hash})
 
 

@@ -109,6 +109,14 @@ def test_what_one_tenant_made_no_other_can_see_or_touch(
     assert ask(server, "GET", f"/v1/files/{file}", mine).status_code == 200
 
 
+def test_a_body_that_no_route_takes_is_not_read_to_its_end(
+    server: Client, secrets_by: dict[tuple[str, Scope], str]
+) -> None:
+    body = b'{"purpose": "' + b"x" * (2 * 1024 * 1024) + b'"}'
+    found = ask(server, "POST", "/v1/uploads", secrets_by["acme", Scope.TRAIN], content=body)
+    assert found.status_code in (400, 413)
+
+
 def test_a_release_of_the_command_line_is_not_another_tenants(
     server: Client, secrets_by: dict[tuple[str, Scope], str]
 ) -> None:

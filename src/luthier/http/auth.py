@@ -30,6 +30,8 @@ from luthier.keys import Scope as May
 from luthier.store import Store
 
 CALLER = "luthier.caller"
+SMALL = {"POST /v1/uploads", "POST /v1/uploads/{upload}/complete"}  # whose bodies the framework reads whole
+SMALL_BYTES = 1024 * 1024
 REFUSALS = 30  # refusals that are noted in a minute; the rest are only counted
 
 
@@ -86,7 +88,7 @@ ROUTES: dict[str, Need | None] = {
     f"GET {PERMISSIONS}": TRAIN,
     f"POST {PERMISSIONS}": TRAIN,
     f"DELETE {PERMISSIONS}/{{permission}}": TRAIN,
-    "POST /v1/fine_tuning/alpha/graders/run": TRAIN,
+    "POST /v1/fine_tuning/alpha/graders/run": INFER,  # a grader may ask a model
     "POST /v1/fine_tuning/alpha/graders/validate": TRAIN,
 }
 ANSWERS = {
@@ -165,6 +167,8 @@ class Guard:
             await _spent(left, extra)(scope, receive, send)
             return
         status = 500
+        if line.route in SMALL:
+            receive = _bounded(receive)
 
         async def heard(message: Message) -> None:
             nonlocal status
@@ -205,6 +209,21 @@ class Guard:
         facts = {"why": why, "method": scope["method"], "client": (scope.get("client") or ("?",))[0]}
         actor, tenant = (who.key_id, who.tenant) if who else ("unknown", "")
         audit.note(self._store, "refused", scope["path"][:200], actor=actor, tenant=tenant, facts=facts)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """A body that ends in an error once it is larger than any that these routes take."""
+    read = 0
+
+    async def counted() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > SMALL_BYTES:
+            raise problems.TooLarge(f"the body is larger than {SMALL_BYTES} bytes", code="body_too_large")
+        return message
+
+    return counted
 
 
 def _told(left: Allowance) -> list[tuple[bytes, bytes]]:

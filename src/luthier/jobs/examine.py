@@ -58,6 +58,10 @@ def examine(job: Job, queue: Queue, place: tuple[Store, Uploads, Home]) -> None:
     except LuthierError as error:
         queue.turned_down(job.id, {"code": "base_model_unusable", "message": error.what, "param": "model"})
         return
+    except Exception as error:  # noqa: BLE001 - a bug that one job meets must not stop everybody's
+        said = f"the job cannot be examined ({type(error).__name__})"
+        queue.turned_down(job.id, {"code": "internal_error", "message": said, "param": None})
+        return
     counts = {name: settled[name] for name in ("rows", "validation_rows")}
     said = f"Files validated ({counts['rows']:,} examples); the job is queued"
     queue.examined(job.id, settled, Note(said, "validated", data=counts))

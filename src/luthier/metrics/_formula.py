@@ -16,6 +16,7 @@ from typing import Any
 from luthier.errors import GraderError
 
 LONGEST, DEEPEST = 2000, 40
+MOST_TOKENS = 200  # a sum of many terms is a tree as deep as it has terms
 FUNCTIONS: dict[str, tuple[Callable[..., float], int | None]] = {
     "min": (min, None), "max": (max, None), "abs": (abs, 1), "floor": (math.floor, 1),
     "ceil": (math.ceil, 1), "exp": (math.exp, 1), "sqrt": (math.sqrt, 1), "log": (math.log, 1),
@@ -40,7 +41,10 @@ def parse(text: str) -> Tree:
     """The formula as a tree; raise `BadFormula` naming the place where it stops being one."""
     if len(text) > LONGEST:
         raise BadFormula(f"the formula is longer than {LONGEST} characters")
-    reader = _Reader(_tokens(text))
+    tokens = _tokens(text)
+    if len(tokens) > MOST_TOKENS:
+        raise BadFormula(f"the formula has more than {MOST_TOKENS} names, numbers and signs")
+    reader = _Reader(tokens)
     tree = reader.sum(0)
     if reader.at < len(reader.tokens):
         raise BadFormula(f"{reader.tokens[reader.at][1]!r} does not go on from what stands before it")

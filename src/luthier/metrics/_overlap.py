@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
+LONGEST = 20_000  # signs or words of each side that a longest common subsequence looks at
 _WORD = re.compile(r"\w+")
 _SIGN = re.compile(r"\w+|[^\w\s]")
 MOST = 4  # the longest n-gram of BLEU and GLEU
@@ -37,7 +38,11 @@ def grams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def lcs(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Length of the longest common subsequence: one row of the table as the bits of one number."""
+    """Length of the longest common subsequence: one row of the table as the bits of one number.
+
+    Time and memory grow with the square of the lengths, so only so much of each is compared.
+    """
+    a, b = a[:LONGEST], b[:LONGEST]
     places: dict[Hashable, int] = {}
     for at, token in enumerate(a):
         places[token] = places.get(token, 0) | 1 << at
@@ -50,6 +55,7 @@ def lcs(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 
 def fuzzy_match(said: str, wanted: str) -> float:
+    said, wanted = said[:LONGEST], wanted[:LONGEST]
     return 2 * lcs(said, wanted) / (len(said) + len(wanted)) if said or wanted else 1.0
 
 
