@@ -3,11 +3,11 @@
 `Runtime.stream` does for a batch of one what `transformers.generate` does over a `PeftModel` in the same
 dtype (https://huggingface.co/docs/transformers/main_classes/text_generation): the same modules, the same
 attention, the same cache, the adapter unmerged, one forward a token. So a stranger who loads the adapter
-with plain transformers and peft gets the same bits, and `gates/parity` can demand the same tokens.
+with plain transformers and peft gets the same bits. What is served grows in `engine.decoder` instead.
 
 `Runtime.greedy` answers many prompts at once for evaluation: sorted by length, left-padded, and the tokens
 that all prompts begin with are read only once. In bfloat16 its rounding differs from a stream's, so at a
-near-tie the two may choose different tokens; what is served is always a stream.
+near-tie the two may choose different tokens.
 
 It does not know chat templates, queues or clocks, and it obeys no penalty that a base's
 generation_config.json may ask for. One thread owns a Runtime.

@@ -32,7 +32,7 @@ from luthier.store import Store
 CALLER = "luthier.caller"
 SMALL = {"POST /v1/uploads", "POST /v1/uploads/{upload}/complete"}  # whose bodies the framework reads whole
 SMALL_BYTES = 1024 * 1024
-REFUSALS = 30  # refusals that are noted in a minute; the rest are only counted
+REFUSALS = 30  # refusals that are noted in a minute, of all callers together; the rest are not
 
 
 @dataclass(frozen=True, slots=True)
