@@ -112,7 +112,18 @@ def test_a_judges_number_is_read_and_clipped(reply: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "reply", ["seven", "", '{"result": "7"}', '{"result": true}', '{"result": NaN}', "7 of 10"]
+    "reply",
+    [
+        "seven",
+        "",
+        '{"result": "7"}',
+        '{"result": true}',
+        '{"result": NaN}',
+        "7 of 10",
+        f'{{"result": 1{"0" * 400}}}',
+        '{"result": 1e999}',
+        f'{{"result": {"[" * 1900}}}',
+    ],
 )
 def test_a_judge_without_a_number_is_an_error_or_the_score_set_for_it(reply: str) -> None:
     with pytest.raises(score_model.NoNumber):

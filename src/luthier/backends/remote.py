@@ -12,10 +12,13 @@ takes no token ids is no engine here: its text would pass for a release that did
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -73,7 +76,7 @@ def ask(params: Params) -> Callable[[Question], str]:
             "top_p": question.top_p,
         } | ({} if question.seed is None else {"seed": question.seed})
         try:
-            return _text(_asked(door, body))
+            return _text(_asked(door, body, question.within_s))
         except ServeError as error:
             raise NotAsked(error.what, where=error.where, hint=error.hint) from error
 
@@ -105,17 +108,39 @@ class Remote:
         """It has its own life."""
 
 
-def _asked(door: Door, body: dict[str, Any]) -> dict[str, Any]:
-    """The answer, asked for again where the server is busy and says so."""
+def _asked(door: Door, body: dict[str, Any], within_s: float | None) -> dict[str, Any]:
+    """The answer, asked for again where the server is busy and says so; cut off after `within_s`."""
+    until_s = time.monotonic() + within_s if within_s is not None else math.inf
     for last_try in (False,) * (TRIES - 1) + (True,):
-        with door.call(CHAT, body) as reply:
+        left_s = max(0.001, until_s - time.monotonic())
+        with (
+            _cut(left_s) as cut,
+            replace(door, timeout_s=min(door.timeout_s, left_s)).call(CHAT, body, cut) as reply,
+        ):
             if reply.status == 200:
                 return reply.json()
-            problem, wait_s = reply.problem(), reply.wait_s
-        if last_try or reply.status not in AGAIN:
+            problem, wait_s = reply.problem(), min(PAUSE_S, reply.wait_s)
+        if last_try or reply.status not in AGAIN or time.monotonic() + wait_s >= until_s:
             break
-        time.sleep(min(PAUSE_S, wait_s))
+        time.sleep(wait_s)
     raise Unreachable(f"it does not answer ({problem})", where=door.url)
+
+
+@contextmanager
+def _cut(after_s: float) -> Iterator[Callable[[Callable[[], None]], None] | None]:
+    """What a call is given so that it ends then, however it trickles; None where it need not end."""
+    timers: list[threading.Timer] = []
+
+    def begin(cut: Callable[[], None]) -> None:
+        timers.append(threading.Timer(after_s, cut))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    try:
+        yield None if math.isinf(after_s) else begin
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _text(answer: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def create_app(
     app.include_router(chat.routes(service, note))
     app.include_router(completions.routes(service, note))
     app.include_router(embeddings.routes(service, note))
-    app.include_router(graders.routes(service, judges or {}))
+    app.include_router(graders.routes(service, judges or {}, note))
     app.include_router(fine_tuning.routes(service.store, uploads.home, uploads))
     app.include_router(models.routes(service.router))
     app.include_router(files.routes(uploads))

@@ -32,7 +32,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Question:
-    """What a rule wants a model to answer: turns as (role, text), and how to sample."""
+    """What a rule wants a model to answer: turns as (role, text), how to sample, and how long to wait."""
 
     model: str
     turns: tuple[tuple[str, str], ...]
@@ -40,6 +40,7 @@ class Question:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    within_s: float | None = None
 
 
 Ask = Callable[[Question], str]

@@ -120,15 +120,23 @@ def number(reply: str) -> float:
     for match in _OBJECT.finditer(text) if found is None else ():
         try:
             made = json.loads(match[0])
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         found = made.get("result") if isinstance(made, dict) else None
         break
-    if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
+    if not isinstance(found, int | float) or isinstance(found, bool) or not _fits(found):
         raise NoNumber(
             f"the judge gave no number but {text[:80]!r}", hint="set `failure_score`, or another judge"
         )
     return float(found)
+
+
+def _fits(value: float) -> bool:
+    """Whether it is a number that a float can hold: JSON's whole numbers have no end."""
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _fenced(text: str) -> str:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
-from luthier import backends, metrics
+from luthier import backends, budgets, keys, metrics
 from luthier.errors import ServeError
-from luthier.http.openai.graders import Judges, NotAsked
+from luthier.http.judging import Judges, NotAsked
+from luthier.http.openai import graders as routes
+from luthier.keys import Budget, Caller, Scope
 from luthier.serving.limits import Limits
 from luthier.serving.service import Service
 from tests.http.running import Client, threaded
@@ -119,6 +126,80 @@ def test_a_backend_that_cannot_judge_is_refused() -> None:
 def test_a_judge_is_asked_as_the_caller_and_another_tenants_model_is_none(world: World) -> None:
     with Service(world.store, world.home, Limits(default_tokens=4, grace_s=1.0)) as service:
         question = metrics.Question(f"{NAME}@production", (("user", "hello"),), 4)
-        assert isinstance(Judges(service, {}, "local")(question), str)
+
+        def judges(tenant: str, left_s: float = 60.0) -> Judges:
+            who = Caller(f"key-{tenant}", tenant, frozenset({Scope.INFER}))
+            return Judges(service, {}, who, lambda record, tenant: None, time.monotonic() + left_s)
+
+        assert isinstance(judges("local")(question), str)
         with pytest.raises(NotAsked, match="unknown model"):
-            Judges(service, {}, "someone")(question)
+            judges("someone")(question)
+        with pytest.raises(NotAsked, match="longer than one run"):
+            judges("local", 0.0)(question)
+
+
+RUN = "/v1/fine_tuning/alpha/graders/run"
+ASKED = {"grader": {**JUDGE, "model": f"{NAME}@production", "failure_score": 1.0}, "model_sample": "x"}
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}"}
+
+
+def test_a_judges_tokens_are_the_callers_and_end_with_its_budget(client: Client, world: World) -> None:
+    key, secret = keys.create(world.store, "local", [Scope.INFER], budget=Budget(tokens_per_day=400))
+    codes, told = [], [0]
+    for _ in range(60):
+        found = httpx.post(client.url + RUN, json=ASKED, headers=bearer(secret), timeout=60)
+        codes.append(found.status_code)
+        if codes[-1] == 429:
+            break
+        told.append(found.json()["metadata"]["token_usage"])
+        _until(lambda: budgets.spent_today(world.store, key.id) == sum(told))
+    assert codes[0] == 200 and codes[-1] == 429 and sum(told) >= 400
+    left = [record for record in world.store.requests() if record.key_id == key.id]
+    assert len(left) == len(codes) - 1 and {record.model for record in left} == {f"{NAME}@production"}
+    assert sum(record.prompt_tokens + record.completion_tokens for record in left) == sum(told)
+    assert all(record.release and record.status == 200 for record in left)
+
+
+def _until(look: Any) -> None:
+    end = time.monotonic() + 30
+    while not look():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_tenant_whose_judges_say_nothing_keeps_no_other_tenant_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty graders of one tenant wait for a judge that never answers; another's are scored meanwhile."""
+    monkeypatch.setattr(routes, "RUN_S", 4.0)
+    monkeypatch.setattr(routes, "WAITS", routes.Line(length=2, wait_s=1.0))
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent, ThreadPoolExecutor(20) as pool:
+        judge = backends.read(
+            f"{{name: remote, url: 'http://127.0.0.1:{silent.getsockname()[1]}', model: x}}"
+        )
+        hung = {"grader": {**JUDGE, "model": "x"}, "model_sample": "x"}
+        with threaded(world.store, world.home, limits=Limits(grace_s=1.0), judge=judge) as server:
+            secrets = [keys.create(world.store, tenant, [Scope.INFER])[1] for tenant in ("loud", "quiet")]
+            began = threading.Barrier(21)
+
+            def run() -> httpx.Response:
+                began.wait()
+                return httpx.post(server.url + RUN, json=hung, headers=bearer(secrets[0]), timeout=60)
+
+            loud = [pool.submit(run) for _ in range(20)]
+            began.wait()
+            _until(lambda: any(one.done() for one in loud))  # the places are taken and its line is full
+            check = {"grader": CHECK, "model_sample": "x", "item": {"answer": "x"}}
+            mine = httpx.post(server.url + RUN, json=check, headers=bearer(secrets[1]), timeout=60)
+            assert mine.json()["reward"] == 1.0 and not all(one.done() for one in loud)
+            found = [one.result() for one in loud]
+    codes = [one.status_code for one in found]
+    assert codes.count(200) == 2 and codes.count(429) == 18
+    for one in found:
+        if one.status_code == 200:  # its time was over
+            assert one.json()["metadata"]["errors"]["model_grader_server_error"]
+        else:
+            assert one.json()["error"]["code"] == "rate_limit_exceeded" and int(one.headers["retry-after"])

@@ -3,6 +3,7 @@
 Source: https://platform.openai.com/docs/api-reference/graders (`fine_tuning/alpha/graders`) and the official
 client's types. `run` answers an answer that cannot be scored with a reward of 0 and the error that says why;
 a grader that is none is a 400 for both. A grader that asks a model asks one that this server answers with.
+Few run at once, of one tenant at most half, on threads of their own and for a bounded time.
 It does not know jobs.
 """
 
@@ -10,23 +11,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import anyio
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier import metrics
-from luthier.errors import GraderError, LuthierError
+from luthier.errors import GraderError
 from luthier.http.auth import caller
 from luthier.http.exchange import Exchange
+from luthier.http.judging import Judges, NotAsked, Note
+from luthier.http.places import Line, Places
 from luthier.http.problems import RequestError
-from luthier.metrics import Ask, Question
+from luthier.metrics import Ask
 from luthier.plugins import Part, load
-from luthier.rows import Message, Role
-from luthier.serving.service import Options, Service
+from luthier.serving.service import Service
 
 PLACE = "/v1/fine_tuning/alpha/graders"
+RUNS, SHARE = 4, 2  # graders that run at once: of all tenants, and of one
+WAITS = Line(length=16, wait_s=10.0)  # of one tenant's further ones
+RUN_S = 60.0  # for all the judges of one run
 FLAGS = (
     "formula_parse_error", "invalid_variable_error", "model_grader_parse_error", "model_grader_refusal_error",
     "model_grader_server_error", "other_error", "python_grader_runtime_error", "python_grader_server_error",
@@ -48,9 +55,11 @@ class ToRun(ToValidate):
     item: dict[str, Any] = Field(default={})
 
 
-def routes(service: Service, elsewhere: Mapping[str, Ask]) -> APIRouter:
+def routes(service: Service, elsewhere: Mapping[str, Ask], note: Note) -> APIRouter:
     """`elsewhere`: judges by name that another server is asked for."""
     router = APIRouter()
+    places = Places(RUNS, SHARE, "other graders are running; try again soon", WAITS)
+    threads = anyio.CapacityLimiter(RUNS)
 
     @router.post(f"{PLACE}/validate", openapi_extra=_body(ToValidate))
     async def validate(request: Request) -> dict[str, Any]:
@@ -63,38 +72,12 @@ def routes(service: Service, elsewhere: Mapping[str, Ask]) -> APIRouter:
     async def run(request: Request) -> dict[str, Any]:
         """What a grader gives one answer."""
         asked = await _read(request, service, ToRun)
-        judges = Judges(service, elsewhere, caller(request).tenant)
-        return await run_in_threadpool(_graded, asked, judges)
+        who = caller(request)
+        async with places.one(who.tenant):
+            judges = Judges(service, elsewhere, who, note, time.monotonic() + RUN_S)
+            return await anyio.to_thread.run_sync(partial(_graded, asked, judges), limiter=threads)
 
     return router
-
-
-class Judges:
-    """Asks the models that the caller may ask, or another server for those that the operator named."""
-
-    def __init__(self, service: Service, elsewhere: Mapping[str, Ask], tenant: str) -> None:
-        self._service, self._elsewhere, self._tenant = service, elsewhere, tenant
-        self.model: str | None = None
-
-    def __call__(self, question: Question) -> str:
-        self.model = question.model
-        if question.model in self._elsewhere:
-            return self._elsewhere[question.model](question)
-        turns = [Message(Role(role), text) for role, text in question.turns]
-        options = Options(
-            max_tokens=question.max_new_tokens, temperature=question.temperature, top_p=question.top_p,
-            seed=question.seed,
-        )  # fmt: skip
-        try:
-            return "".join(self._service.talk(question.model, turns, options, self._tenant))
-        except LuthierError as error:
-            raise NotAsked(error.what, hint=error.hint) from error
-
-
-class NotAsked(GraderError):
-    """The judge gave no answer at all."""
-
-    flag = "model_grader_server_error"
 
 
 def _graded(asked: ToRun, judges: Judges) -> dict[str, Any]:
@@ -118,14 +101,14 @@ def _graded(asked: ToRun, judges: Judges) -> dict[str, Any]:
     return {
         "reward": reward,
         "sub_rewards": scores if part.name == "multi" else {},
-        "model_grader_token_usage_per_model": {},
+        "model_grader_token_usage_per_model": judges.usage,
         "metadata": {
             "name": part.params.label,  # type: ignore[attr-defined]
             "type": part.name,
             "errors": errors,
             "execution_time": time.perf_counter() - began,
             "scores": scores,
-            "token_usage": None,
+            "token_usage": sum(used["total_tokens"] for used in judges.usage.values()) or None,
             "sampled_model_name": judges.model,
         },
     }
