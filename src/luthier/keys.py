@@ -154,7 +154,12 @@ def revoke(store: Store, key_id: str) -> Key:
 
 def recognise(store: Store, secret: bytes) -> Key | None:
     """The key behind a secret, whatever its state; found by hash, so timing tells nothing of it."""
-    found = store.rows(select(KEYS).where(KEYS.c.sha256 == fingerprint(secret)))
+    return known(store, fingerprint(secret))
+
+
+def known(store: Store, sha256: str) -> Key | None:
+    """The key with this fingerprint, whatever its state."""
+    found = store.rows(select(KEYS).where(KEYS.c.sha256 == sha256))
     return _key(found[0]) if found else None
 
 

@@ -2,7 +2,8 @@
 
 Source: https://platform.openai.com/docs/api-reference. Everything that may block (the database, hashing,
 tokenising) runs in threads; the event loop only moves bytes. Every answer of a completion, an error after
-the model was found too, says in `x-luthier-release` which release it came from.
+the model was found too, says in `x-luthier-release` which release it came from. A full server turns requests
+away at the guard; of those that were let in and then found no room, a few a minute are logged.
 It does not know how the server is started, nor who owns the service's life.
 """
 
@@ -18,10 +19,13 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from luthier.assemblies import Assemblies
 from luthier.errors import LuthierError
 from luthier.http import openapi, problems
-from luthier.http.auth import Guard
+from luthier.http.auth import REFUSALS, Guard
 from luthier.http.meter import Meter
 from luthier.http.openai import chat, completions, embeddings, files, fine_tuning, graders, models, parts
+from luthier.http.sparing import Sparing
+from luthier.keys import Caller
 from luthier.metrics import Ask
+from luthier.serving.desk import Turn
 from luthier.serving.service import Service
 from luthier.store import RequestRecord
 from luthier.uploads import Uploads
@@ -35,16 +39,27 @@ def create_app(
     app = FastAPI(
         title="luthier", docs_url=None, redoc_url=None, redirect_slashes=False
     )  # the docs pages would load scripts from afar
-    app.add_middleware(Guard, store=service.store, served=key)
+    meter, logged = Meter(service), Sparing(REFUSALS)
+
+    def full(who: Caller) -> LuthierError | None:
+        """Why no answer can be begun for this caller now: nothing but a counter remembers that it asked."""
+        try:
+            service.worker.require_room(Turn(who.tenant))
+        except LuthierError as error:
+            meter.turned_away(who.tenant, error)
+            return error
+        return None
+
+    app.add_middleware(Guard, store=service.store, served=key, full=full)
     app.add_exception_handler(LuthierError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _misspelt)
     app.add_exception_handler(Exception, _bug)
-    meter = Meter(service)
 
     def note(record: RequestRecord, tenant: str) -> None:
         meter.note(record, tenant)
-        service.journal.note(record)
+        if record.status != 429 or logged():
+            service.journal.note(record)
 
     @app.get("/health")
     async def health() -> JSONResponse:

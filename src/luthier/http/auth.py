@@ -6,6 +6,9 @@ route that somebody adds is closed until the table opens it: what the table does
 nothing from the next request on. What changes something is noted in the audit log once it is done, by the
 route and what its path names, never with a body; so are refusals, a bounded number a minute.
 
+A server that is full says so here, before a body is read, a budget touched or a thread waited for. Whose
+request it is may then be known from a lookup of up to `LATELY_S` ago; that memory refuses, it never admits.
+
 It does not know which file or job belongs to whom: handlers ask `caller(request).tenant`.
 """
 
@@ -14,6 +17,8 @@ from __future__ import annotations
 import hmac
 import re
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +29,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from luthier import audit, budgets, keys
 from luthier.budgets import Allowance
+from luthier.errors import LuthierError
 from luthier.http import problems
+from luthier.http.sparing import Sparing
 from luthier.keys import Caller, Key
 from luthier.keys import Scope as May
 from luthier.store import Store
@@ -33,6 +40,8 @@ CALLER = "luthier.caller"
 SMALL = {"POST /v1/uploads", "POST /v1/uploads/{upload}/complete"}  # whose bodies the framework reads whole
 SMALL_BYTES = 1024 * 1024
 REFUSALS = 30  # refusals that are noted in a minute, of all callers together; the rest are not
+LATELY_S, LATELY = 1.0, 1024  # how long and of how many keys it is remembered whose they are
+DRAIN_BYTES = 64 * 1024  # of a refused request's body; a longer one ends the connection instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +129,22 @@ def _lines(routes: dict[str, Need | None]) -> tuple[_Line, ...]:
     )
 
 
-class Guard:
-    """ASGI middleware. `served` is the one key that is not in the store: the one `serve` was given."""
+Full = Callable[[Caller], LuthierError | None]
 
-    def __init__(self, app: ASGIApp, *, store: Store, served: str) -> None:
+
+class Guard:
+    """ASGI middleware. `served` is the one key that is not in the store: the one `serve` was given.
+    `full` says why no answer can be begun for a caller now, and None where one can."""
+
+    def __init__(self, app: ASGIApp, *, store: Store, served: str, full: Full) -> None:
         self._app = app
         self._store = store
+        self._served = Caller(keys.SERVED, keys.LOCAL, frozenset({May.ADMIN}))
         self._served_sha256 = keys.fingerprint(served.encode("utf-8", "surrogateescape"))
+        self._full = full
         self._lines = _lines(ROUTES)
-        self._refused: list[float] = []
+        self._may_note = Sparing(REFUSALS)
+        self._lately: OrderedDict[str, tuple[float, Caller]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -139,7 +155,13 @@ class Guard:
         if lines and lines[0].need is OPEN:
             await self._app(scope, receive, send)
             return
-        found = await run_in_threadpool(self._who, scope)
+        sha256 = _shown(scope)
+        answers = bool(lines) and lines[0].route in ANSWERS
+        known = self._remembered(sha256) if answers else None
+        if known is not None and (error := self._full(known)) is not None:
+            await _turned_away(scope, error)(scope, receive, send)
+            return
+        found = await self._who(sha256)
         if isinstance(found, str):
             await run_in_threadpool(self._note_refusal, scope, found)
             await _unknown(found)(scope, receive, send)
@@ -152,6 +174,9 @@ class Guard:
             await _forbidden(lines[0].need)(scope, receive, send)
         else:
             scope[CALLER] = who
+            if answers and known is None and (error := self._newly_full(sha256, who)) is not None:
+                await _turned_away(scope, error)(scope, receive, send)
+                return
             await self._let_in(scope, receive, send, (lines[0], who, key))
 
     async def _let_in(
@@ -183,32 +208,59 @@ class Guard:
             if line.method != "GET" and line.route not in ANSWERS and status < 400:
                 await run_in_threadpool(self._note, line, scope["path"], who)
 
-    def _who(self, scope: Scope) -> tuple[Caller, Key | None] | str:
+    async def _who(self, sha256: str | None) -> tuple[Caller, Key | None] | str:
         """The caller and its key, or why there is none."""
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, secret = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        secret = secret.strip()
-        if scheme.lower() != b"bearer" or not secret:
+        if sha256 is None:
             return "incorrect or missing API key"
-        if hmac.compare_digest(keys.fingerprint(secret), self._served_sha256):
-            return Caller(keys.SERVED, keys.LOCAL, frozenset({May.ADMIN})), None
-        key = keys.recognise(self._store, secret)
+        if hmac.compare_digest(sha256, self._served_sha256):
+            return self._served, None
+        key = await run_in_threadpool(keys.known, self._store, sha256)
         if key is None:
             return "incorrect or missing API key"
         return (key.caller, key) if key.state == "active" else f"this API key is {key.state}"
+
+    def _remembered(self, sha256: str | None) -> Caller | None:
+        """Whose key this was a moment ago; enough to refuse by, not to let in."""
+        if sha256 is None or hmac.compare_digest(sha256, self._served_sha256):
+            return None if sha256 is None else self._served
+        until_s, who = self._lately.get(sha256, (0.0, None))
+        return who if time.monotonic() < until_s else None
+
+    def _newly_full(self, sha256: str | None, who: Caller) -> LuthierError | None:
+        """The same of a caller that had to be looked up, and is remembered from now on."""
+        if sha256 is not None:
+            self._lately[sha256] = (time.monotonic() + LATELY_S, who)
+            self._lately.move_to_end(sha256)
+            while len(self._lately) > LATELY:
+                self._lately.popitem(last=False)
+        return self._full(who)
 
     def _note(self, line: _Line, path: str, who: Caller) -> None:
         audit.note(self._store, line.route, path[:200], actor=who.key_id, tenant=who.tenant)
 
     def _note_refusal(self, scope: Scope, why: str, who: Caller | None = None) -> None:
-        moment = time.monotonic()
-        self._refused = [at for at in self._refused if moment - at < 60.0]
-        if len(self._refused) >= REFUSALS:
+        if not self._may_note():
             return
-        self._refused.append(moment)
         facts = {"why": why, "method": scope["method"], "client": (scope.get("client") or ("?",))[0]}
         actor, tenant = (who.key_id, who.tenant) if who else ("unknown", "")
         audit.note(self._store, "refused", scope["path"][:200], actor=actor, tenant=tenant, facts=facts)
+
+
+def _shown(scope: Scope) -> str | None:
+    """The fingerprint of the key that a request shows, if it shows one."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, secret = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    secret = secret.strip()
+    return keys.fingerprint(secret) if scheme.lower() == b"bearer" and secret else None
+
+
+def _turned_away(scope: Scope, error: LuthierError) -> Any:
+    """A refusal before the body was read. What is left of a short one is cheaper to read than a connection is
+    to make anew; a long one ends with its connection."""
+    headers = dict(scope["headers"])
+    declared = headers.get(b"content-length", b"")
+    short = declared.isdigit() and len(declared) < 10 and int(declared) <= DRAIN_BYTES
+    return problems.response(error, {} if short else {"connection": "close"})
 
 
 def _bounded(receive: Receive) -> Receive:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from luthier.errors import LuthierError
 from luthier.serving.engine_process import EngineProcess
 from luthier.serving.service import Service
 from luthier.store import RequestRecord
@@ -70,6 +71,12 @@ class Meter:
             self._first.labels(release).observe(record.first_token_s)
         self._tokens.labels(release, "prompt").inc(record.prompt_tokens)
         self._tokens.labels(release, "completion").inc(record.completion_tokens)
+
+    def turned_away(self, tenant: str, error: LuthierError) -> None:
+        """A request that was refused before anything was known of it but whose it is."""
+        self._tenant_requests.labels(self._tenant(tenant)).inc()
+        self._refused.labels(type(error).__name__).inc()
+        self._requests.labels("none", str(error.http_code)).inc()
 
     def page(self) -> bytes:
         return generate_latest(self._registry)

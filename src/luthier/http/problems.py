@@ -57,14 +57,14 @@ class TooLarge(RequestError):
 def body(error: Exception) -> dict[str, Any]:
     """The JSON body for an error."""
     if not isinstance(error, LuthierError):
-        return _shape("the server failed; its log has the details", "server_error", None, "internal_error")
+        return shape("the server failed; its log has the details", "server_error", None, "internal_error")
     message = f"{error.what} ({error.hint})" if error.hint else error.what
     kind = KINDS.get(error.http_code, "invalid_request_error" if error.http_code < 500 else "server_error")
     if hasattr(error, "param"):  # the error says itself which field it is about
-        return _shape(message, kind, error.param, getattr(error, "code", None))
+        return shape(message, kind, error.param, getattr(error, "code", None))
     code = next((code for family, code in CODES if isinstance(error, family)), None)
     param = PARAMS.get(code or "")
-    return _shape(message, kind, param, code or ("unavailable" if error.http_code == 503 else None))
+    return shape(message, kind, param, code or ("unavailable" if error.http_code == 503 else None))
 
 
 def status(error: Exception) -> int:
@@ -86,7 +86,7 @@ def refusal(
 ) -> JSONResponse:
     """A refusal that has no exception behind it (no route, no key)."""
     kind = KINDS.get(code, "invalid_request_error" if code < 500 else "server_error")
-    return JSONResponse(_shape(message, kind, None, reason), code, headers=headers)
+    return JSONResponse(shape(message, kind, None, reason), code, headers=headers)
 
 
 def no_path(path: str) -> str:
@@ -97,5 +97,6 @@ def no_path(path: str) -> str:
     return what
 
 
-def _shape(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+def shape(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """OpenAI's error body."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

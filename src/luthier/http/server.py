@@ -3,8 +3,8 @@
 uvicorn (https://www.uvicorn.org) speaks HTTP/1.1. Who does not read is cut off (`http.patience`). On SIGTERM
 or Ctrl-C no new request is taken, those under way may finish within the grace time, what is then left gets a
 well-formed error, and the request log is written out. TLS is uvicorn's; without it only this machine is
-listened to. A client that trickles its headers holds one of `CONNECTIONS` until it ends; a proxy in front is
-what cuts those.
+listened to. A client that trickles its headers holds one of `patience.CONNECTIONS` until it ends; a proxy in
+front is what cuts those.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import errno
 import ipaddress
 import math
+import resource
 import signal
 import socket
 import ssl
@@ -29,7 +30,7 @@ from luthier.errors import ServeError
 from luthier.home import Home
 from luthier.http import PLAIN, Secure
 from luthier.http.app import create_app
-from luthier.http.patience import Patient
+from luthier.http.patience import CONNECTIONS, Patient
 from luthier.jobs.work import hired
 from luthier.plugins import Part
 from luthier.serving.limits import DEFAULTS, Limits
@@ -38,7 +39,6 @@ from luthier.store import Store
 from luthier.uploads import Uploads
 
 BEAT_S = 0.05
-CONNECTIONS = 1000  # more are answered 503 at once
 HEADER_BYTES = 32 * 1024
 
 
@@ -66,6 +66,7 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
     if door.key is not None and len(door.key) < 8:
         raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
     _require_tls(door)
+    _allow_files(2 * CONNECTIONS)
     key = door.key or keys.new_secret()
     judges = {} if door.judge is None else backends.judges(door.judge)
     service = Service(store, home, door.limits, door.threads, door.apart, door.backend)
@@ -82,7 +83,6 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=CONNECTIONS,
             h11_max_incomplete_event_size=HEADER_BYTES,
             ssl_certfile=door.secure.cert,
             ssl_keyfile=door.secure.key,
@@ -191,6 +191,14 @@ def _is_loopback(host: str) -> bool:
     except OSError:
         return True  # it cannot be listened on either; that error says more
     return all(ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found)
+
+
+def _allow_files(most: int) -> None:
+    """A process may often open fewer files than it would be let: then connections are left unanswered."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _url(claimed: socket.socket, tls: bool) -> str:

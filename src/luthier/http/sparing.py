@@ -1,0 +1,27 @@
+"""What may be written down only so often: the first few of a minute, whoever asks.
+
+A flood of refusals must not become a flood of rows: all of them are counted (`http.meter`), a bounded number
+is written. The minute is a window of the monotonic clock. It does not know what is written.
+"""
+
+from __future__ import annotations
+
+import time
+
+MINUTE_S = 60.0
+
+
+class Sparing:
+    """True for the first `most` calls of each minute. For one thread, or where one too many does no harm."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._until_s = 0.0
+        self._left = 0
+
+    def __call__(self, now_s: float | None = None) -> bool:
+        moment_s = time.monotonic() if now_s is None else now_s
+        if moment_s >= self._until_s:
+            self._until_s, self._left = moment_s + MINUTE_S, self._most
+        self._left -= 1
+        return self._left >= 0
