@@ -22,32 +22,15 @@ from transformers import AttentionInterface
 
 from luthier.engine import decode, native
 from luthier.engine.adapters import Pair
-from luthier.engine.decode import Held, Low, Lows, Reach, Segment, Sight
+from luthier.engine.decode import Held, Laid, Low, Lows, Sight
 from luthier.engine.kernels import Kernels
 from luthier.engine.pages import BLOCK
+from luthier.engine.proof import plainly, proof, prove
 from luthier.errors import ModelError
 
 IMPLEMENTATION = "luthier_pages"
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-PROOF = (9, 8, 1, 1, 1)  # tokens read at a time; the first two as chunks
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # of the largest hidden state, in the mean
-
-
-@dataclass(frozen=True)
-class Laid:
-    """How a step's tokens (T) lie, those of a sequence beside each other.
-
-    positions_T, places_T: their place in their own sequence, and in the cache.
-    slots_T, segments:     the adapter of each, and the same as runs.
-    reach:                 what each of them sees.
-    """
-
-    positions_T: Tensor
-    places_T: Tensor
-    slots_T: Tensor
-    segments: tuple[Segment, ...]
-    reach: Reach
 
 
 class Group:
@@ -78,24 +61,38 @@ class Group:
         return decode.product(x_T_E, weights, self.lows, laid.segments, laid.slots_T)
 
     def low(self, pairs: Mapping[str, Pair]) -> Low | None:
-        """This group's part of an adapter, padded to one rank; raises `ModelError` where shapes differ."""
-        mine = [pairs.get(name) for name in self.names]
-        rank = max((len(pair.a_R_E) for pair in mine if pair is not None), default=0)
-        if not rank:
-            return None
-        outs, width = self.weight_O_E.shape
-        a_PR_E = self.weight_O_E.new_zeros(len(mine) * rank, width)
-        b_R_O = self.weight_O_E.new_zeros(rank, outs)
-        start = 0
-        for number, (name, pair, size) in enumerate(zip(self.names, mine, self.sizes, strict=True)):
-            if pair is not None:
-                here = len(pair.a_R_E)
-                if pair.a_R_E.shape[1] != width or len(pair.b_O_R) != size:
-                    raise ModelError(f"{name}: the adapter is for a layer of another shape")
-                a_PR_E[number * rank :][:here] = pair.a_R_E
-                b_R_O[:here, start : start + size] = (pair.b_O_R.float() * pair.scale).T
-            start += size
-        return Low(a_PR_E, b_R_O)
+        return together(pairs, self.names, self.sizes, self.weight_O_E)
+
+
+def together(
+    pairs: Mapping[str, Pair], names: Sequence[str], sizes: Sequence[int], like_N_E: Tensor
+) -> Low | None:
+    """The part of an adapter for layers of these names and outputs that read one input, padded to one even
+    rank; raises `ModelError` where shapes differ."""
+    mine = [pairs.get(name) for name in names]
+    rank = max((len(pair.a_R_E) for pair in mine if pair is not None), default=0)
+    if not rank:
+        return None
+    rank += rank % 2
+    width = like_N_E.shape[1]
+    a_PR_E = like_N_E.new_zeros(len(mine) * rank, width)
+    b_R_O = like_N_E.new_zeros(rank, sum(sizes))
+    start = 0
+    for number, (name, pair, size) in enumerate(zip(names, mine, sizes, strict=True)):
+        if pair is not None:
+            here = len(pair.a_R_E)
+            if pair.a_R_E.shape[1] != width or len(pair.b_O_R) != size:
+                raise ModelError(f"{name}: the adapter is for a layer of another shape")
+            a_PR_E[number * rank :][:here] = pair.a_R_E
+            b_R_O[:here, start : start + size] = (pair.b_O_R.float() * pair.scale).T
+        start += size
+    return Low(a_PR_E, b_R_O)
+
+
+def require_known(pairs: Mapping[str, Pair] | None, layers: Sequence[str]) -> None:
+    """Raise `ModelError` where an adapter changes what this base does not have."""
+    if unknown := sorted(set(pairs or ()) - set(layers)):
+        raise ModelError(f"{len(unknown)} layer(s) of the adapter are not this base's: {unknown[0]}")
 
 
 class _Now:
@@ -111,18 +108,18 @@ class Answering:
         self._model = model.eval()
         self._now = _Now()
         self._formulas = native.kernels(model.device.type == "cpu" and native.can_compile())
-        ids = torch.arange(sum(PROOF)) * 7 % model.config.get_text_config().vocab_size
-        plain = _plain(model, ids)
-        heard = _heard(model, ids)
-        self._groups = self._regroup(slots + 1, [one.sight for one in heard])
+        ids = proof(model)
+        plain = plainly(model, ids)
+        asked = heard(model, ids)
+        self._groups = self._regroup(slots + 1, [one.sight for one in asked])
         self._by_name = {name: group for group in self._groups for name in group.names}
         self.held: list[Held] = []
         self.blocks = blocks
-        for shape in (one.kept for one in heard):
+        for shape in (one.kept for one in asked):
             whole = (blocks * BLOCK, *shape)
             keys, values = (torch.zeros(whole, dtype=model.dtype, device=model.device) for _ in range(2))
             self.held.append((keys, values))
-        self._prove(ids, plain)
+        prove(self, ids, plain)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,9 +133,7 @@ class Answering:
 
     def put(self, slot: int, pairs: Mapping[str, Pair] | None) -> None:
         """Lay an adapter into a slot (from 1), or nothing; all of it or none."""
-        unknown = sorted(set(pairs or ()) - set(self._by_name))
-        if unknown:
-            raise ModelError(f"{len(unknown)} layer(s) of the adapter are not this base's: {unknown[0]}")
+        require_known(pairs, self.layers)
         lows = [group.low(pairs) if pairs else None for group in self._groups]
         for group, low in zip(self._groups, lows, strict=True):
             group.lows.put(slot, low)
@@ -192,42 +187,13 @@ class Answering:
                 _fuse_norm(module, self._formulas)
             elif hasattr(module, "down_proj"):
                 _fuse_mlp(module, taken, self._formulas)
-        for module, sight in zip(_attentions(self._model), sights, strict=True):
+        for module, sight in zip(attentions(self._model), sights, strict=True):
             how = _projections(module, taken), sight, self._formulas
             module.forward = partial(_attention, module, how)
         return groups
 
-    @torch.inference_mode()
-    def _prove(self, ids_T: Tensor, plain_T_E: Tensor) -> None:
-        """Read the ids as a server would and compare with transformers' own hidden states."""
-        if self.blocks * BLOCK < len(ids_T):
-            raise ModelError(f"a cache of {self.blocks} blocks of {BLOCK} tokens is too small to answer with")
-        table = torch.arange(-(-len(ids_T) // BLOCK), dtype=torch.int32)[None]
-        found, read = [], 0
-        for count in PROOF:
-            places, zeros = torch.arange(read, read + count), torch.zeros(count, dtype=torch.int64)
-            reach = Reach(table, zeros, places + 1)
-            laid = Laid(places, places, zeros, (Segment(0, 0, count),), reach)
-            found.append(self.hidden(ids_T[read : read + count], laid))
-            read += count
-        gap_T = (torch.cat(found).float() - plain_T_E.float()).abs().mean(-1)
-        limit = TOLERANCE.get(self._model.dtype, 0.06) * float(plain_T_E.float().abs().max())
-        if not float(gap_T.max()) <= limit:
-            raise ModelError(
-                f"this model does not answer as transformers' own does: "
-                f"hidden states differ by {float(gap_T.max()):.3g}",
-                hint="its architecture does something the engine does not know; choose another base model",
-            )
 
-
-@torch.inference_mode()
-def _plain(model: Any, ids_T: Tensor) -> Tensor:
-    out = model.get_decoder()(input_ids=ids_T[None].to(model.device), use_cache=False)
-    found: Tensor = out.last_hidden_state[0]
-    return found
-
-
-def _attentions(model: Any) -> list[Any]:
+def attentions(model: Any) -> list[Any]:
     """The attention modules in the order of their layers."""
     found = [m for m in model.get_decoder().modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
     if not found or [module.layer_idx for module in found] != list(range(len(found))):
@@ -247,16 +213,16 @@ _listeners: list[dict[int, _Heard]] = []
 
 
 @torch.inference_mode()
-def _heard(model: Any, ids_T: Tensor) -> list[_Heard]:
+def heard(model: Any, ids_T: Tensor) -> list[_Heard]:
     """One forward in which attention only notes what it is asked."""
     model.set_attn_implementation(IMPLEMENTATION)
-    heard: dict[int, _Heard] = {}
-    _listeners.append(heard)
+    found: dict[int, _Heard] = {}
+    _listeners.append(found)
     try:
         model.get_decoder()(input_ids=ids_T[None].to(model.device), use_cache=False)
     finally:
-        _listeners.remove(heard)
-    return [heard[module.layer_idx] for module in _attentions(model)]
+        _listeners.remove(found)
+    return [found[module.layer_idx] for module in attentions(model)]
 
 
 def _note(

@@ -169,6 +169,22 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class Laid:
+    """How a step's tokens (T) lie, those of a sequence beside each other.
+
+    positions_T, places_T: their place in their own sequence, and in the cache.
+    slots_T, segments:     the adapter of each, and the same as runs.
+    reach:                 what each of them sees.
+    """
+
+    positions_T: Tensor
+    places_T: Tensor
+    slots_T: Tensor
+    segments: tuple[Segment, ...]
+    reach: Reach
+
+
+@dataclass(frozen=True)
 class Sight:
     """What a layer's attention is: how far back it sees, what multiplies its scores."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from luthier.engine import adapters, pages
+from luthier.engine import adapters, pages, stack
 from luthier.engine.answering import Answering
 from luthier.engine.decode import largest
 from luthier.engine.growing import ROOM, AnswerFailed, Ended, Growing, Grown, Read, Room
@@ -47,7 +47,8 @@ class Decoder:
         self.room = room
         self._base_digest = base_digest
         blocks = _blocks(config, model.dtype.itemsize, room)
-        self._answering = Answering(model, blocks, room.adapters)
+        kind = stack.Stack if stack.takes(model) else Answering
+        self._answering = kind(model, blocks, room.adapters)
         self.pool = Pool(blocks)
         self._slots: dict[str, int] = {}
         self._free_slots = list(range(room.adapters, 0, -1))

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luthier.engine.answering import Laid
-from luthier.engine.decode import Reach, Segment
+from luthier.engine.decode import Laid, Reach, Segment
 from luthier.engine.growing import Growing
 from luthier.engine.pages import BLOCK
 

@@ -1,0 +1,203 @@
+// bfloat16 in tiles: numbers, threads that share a step, and products of its tokens with weights and adapters.
+//
+// Sources: weights laid out as they are multiplied, as in GotoBLAS (Goto & van de Geijn 2008, ACM TOMS 34(3)); LoRA
+// (Hu et al. 2021, arXiv 2106.09685), many adapters in one product as in Punica (Chen et al. 2023, arXiv 2310.18547);
+// the exponential as in native.cpp. Every sum is taken in one order whatever the number of threads and of tokens, so a
+// token's bits do not depend on who shares the step. Threads take the next piece of work as they come: one that the
+// system holds up holds up no more than its piece.
+//
+// It does not know layers, or how tensors become tiles: stack.cpp and stack.py do. For CPUs with AVX512-BF16 only.
+
+#pragma once
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr long TILE = 16;   // outputs of a tile; keys of a block of the cache
+constexpr long ROWS = 12;   // tokens whose sums are held in registers, with two tiles
+constexpr long PIECE = 24;  // tokens of one adapter that one thread takes at a time
+
+struct Linear {            // layers that read the same input, as one
+    const bf16* weight;    // (tiles, width / 2, 16, 2)
+    const bf16* bias;      // (tiles * 16), or null
+    const int64_t* part;   // by tile: which of the layers it belongs to
+    const int64_t* a;      // by slot: A of all parts, in tiles as the weights are; 0 where there is none
+    const int64_t* b;      // by slot: scaled B in tiles, (tiles, rank / 2, 16, 2)
+    const int64_t* rank;   // by slot, even
+    const int64_t* lows;   // by slot: tiles of A
+    int64_t width, tiles;
+};
+
+// ---- numbers -------------------------------------------------------------------------------------------------
+
+inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m512 wide(const bf16* x) { return wide(_mm256_loadu_si256((const __m256i*)x)); }
+inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512 rounded(__m512 x) { return wide(narrow(x)); }
+inline void put(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, narrow(x)); }
+inline float wide(bf16 x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline bf16 narrow(float x) { return bf16(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x)), 0)); }
+
+inline __m512 power(__m512 x) {  // e to the x
+    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
+    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
+    rest = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), rest);
+    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+    for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(next));
+    y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(y, rest), rest, rest), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, whole);
+}
+
+// ---- threads -------------------------------------------------------------------------------------------------
+
+struct Team {
+    int size = 1;
+    alignas(64) std::atomic<long> next{0};
+    alignas(64) std::atomic<int> arrived{0};
+    alignas(64) std::atomic<int> round{0};
+
+    template <class Work>
+    void share(long units, Work work) {  // each unit once, by whichever thread is free; then all meet
+        for (long unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit);
+        const int now = round.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            arrived.store(0, std::memory_order_relaxed);
+            next.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int tries = 0; round.load(std::memory_order_acquire) == now; ++tries)
+            if (tries < 2000) _mm_pause();
+            else sched_yield();  // another process has the core that we wait for
+    }
+};
+
+// ---- products ------------------------------------------------------------------------------------------------
+
+// Sums of COUNT rows of x with TILES tiles, `pairs` pairs of numbers each; tiles lie `apart` from each other.
+template <int TILES, int COUNT>
+inline void sums(const bf16* w, long apart, const bf16* x, long stride, long pairs, float* out) {
+    __m512 sum[TILES][COUNT];
+#pragma GCC unroll 2
+    for (int i = 0; i < TILES; ++i)
+#pragma GCC unroll 12
+        for (int r = 0; r < COUNT; ++r) sum[i][r] = _mm512_setzero_ps();
+    const char* at[3];
+    for (int i = 0; i < 3; ++i) at[i] = (const char*)(x + 4 * i * stride);
+    const long one = stride * long(sizeof(bf16)), three = 3 * one;
+    for (long p = 0; p < pairs; ++p) {
+        __m512bh row[TILES];
+#pragma GCC unroll 2
+        for (int i = 0; i < TILES; ++i) row[i] = (__m512bh)_mm512_loadu_si512(w + i * apart + p * 2 * TILE);
+#pragma GCC unroll 12
+        for (int r = 0; r < COUNT; ++r) {
+            int32_t pair;
+            const char* from = at[r / 4] + 4 * p + (r % 4 == 3 ? three : (r % 4) * one);
+            std::memcpy(&pair, from, 4);
+            const __m512bh in = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+            for (int i = 0; i < TILES; ++i) sum[i][r] = _mm512_dpbf16_ps(sum[i][r], row[i], in);
+        }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < TILES; ++i)
+#pragma GCC unroll 12
+        for (int r = 0; r < COUNT; ++r) _mm512_storeu_ps(out + (i * ROWS + r) * TILE, sum[i][r]);
+}
+
+// Up to 12 rows, to out[tile][row][16].
+template <int TILES>
+inline void some(const bf16* w, long apart, const bf16* x, long stride, long rows, long pairs, float* out) {
+    for (long r = 0; r < rows;) {
+        const bf16* in = x + r * stride;
+        float* to = out + r * TILE;
+        switch (rows - r) {
+            case 12: sums<TILES, 12>(w, apart, in, stride, pairs, to), r += 12; break;
+            case 11: case 10: case 9: case 8: sums<TILES, 8>(w, apart, in, stride, pairs, to), r += 8; break;
+            case 7: case 6: sums<TILES, 6>(w, apart, in, stride, pairs, to), r += 6; break;
+            case 5: case 4: sums<TILES, 4>(w, apart, in, stride, pairs, to), r += 4; break;
+            case 3: sums<TILES, 3>(w, apart, in, stride, pairs, to), r += 3; break;
+            case 2: sums<TILES, 2>(w, apart, in, stride, pairs, to), r += 2; break;
+            default: sums<TILES, 1>(w, apart, in, stride, pairs, to), r += 1;
+        }
+    }
+}
+
+struct Rows {  // what a product reads: x by token, and what A made of it
+    const bf16* x;
+    long stride, tokens;
+    const int64_t* slots;  // null: no adapter in this step
+    const bf16* z;
+    long low;
+};
+
+// Two tiles for all tokens; `done(token, first, second)` takes sums of 16 outputs each.
+template <class Done>
+inline void product(const Linear& linear, long tile, const Rows& in, Done done) {
+    alignas(64) float out[2 * ROWS * TILE];
+    const long apart = linear.width * TILE, pairs = linear.width / 2, tiles = linear.tiles - tile > 1 ? 2 : 1;
+    const bf16* w = linear.weight + tile * apart;
+    for (long first = 0; first < in.tokens; first += ROWS) {
+        const long rows = in.tokens - first < ROWS ? in.tokens - first : ROWS;
+        if (tiles == 2) some<2>(w, apart, in.x + first * in.stride, in.stride, rows, pairs, out);
+        else some<1>(w, apart, in.x + first * in.stride, in.stride, rows, pairs, out);
+        for (long r = 0; r < rows; ++r) {
+            const long slot = in.slots ? in.slots[first + r] : 0;
+            const bf16* b = in.slots ? (const bf16*)linear.b[slot] : nullptr;
+            __m512 sum[2];
+            for (long i = 0; i < tiles; ++i) {
+                sum[i] = _mm512_load_ps(out + (i * ROWS + r) * TILE);
+                if (b) {
+                    const long rank = linear.rank[slot];
+                    const bf16* z = in.z + (first + r) * in.low + linear.part[tile + i] * rank;
+                    const bf16* up = b + (tile + i) * rank * TILE;
+                    for (long p = 0; p < rank / 2; ++p) {
+                        int32_t pair;
+                        std::memcpy(&pair, z + 2 * p, 4);
+                        sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)_mm512_loadu_si512(up + 2 * p * TILE),
+                                                  (__m512bh)_mm512_set1_epi32(pair));
+                    }
+                }
+                if (linear.bias) sum[i] = _mm512_add_ps(sum[i], wide(linear.bias + (tile + i) * TILE));
+            }
+            done(first + r, sum[0], sum[1]);
+        }
+    }
+}
+
+inline long pairs_of(const Linear& linear) { return (linear.tiles + 1) / 2; }
+
+struct Piece { long first, count, slot; };  // neighbouring tokens under one adapter
+
+inline void shrink(Team& team, const Linear& linear, const std::vector<Piece>& pieces, long most, const Rows& in, bf16* z) {
+    team.share(long(pieces.size()) * most, [&](long unit) {
+        const Piece& piece = pieces[unit / most];
+        const bf16* a = (const bf16*)linear.a[piece.slot];
+        const long tile = unit % most;
+        if (!a || tile >= linear.lows[piece.slot]) return;
+        alignas(64) float out[ROWS * TILE];
+        for (long first = 0; first < piece.count; first += ROWS) {
+            const long rows = piece.count - first < ROWS ? piece.count - first : ROWS, token = piece.first + first;
+            some<1>(a + tile * linear.width * TILE, 0, in.x + token * in.stride, in.stride, rows, linear.width / 2, out);
+            for (long r = 0; r < rows; ++r) put(z + (token + r) * in.low + tile * TILE, _mm512_load_ps(out + r * TILE));
+        }
+    });
+}
+
+}  // namespace
