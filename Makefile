@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export LUTHIER_DEMO_BEGAN := $(shell date +%s)
 
-.PHONY: help setup demo demo-openai check test quick test-long test-postgres test-clients test-lm-eval test-vllm bench bench-serve bench-quick bench-peers clean
+.PHONY: help setup demo demo-openai check test quick test-long test-postgres test-clients test-lm-eval test-vllm test-llamacpp bench bench-serve bench-quick bench-peers clean
 help:            ## list these commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 18
 
@@ -47,6 +47,9 @@ test-postgres: $(STAMP) ## the store's tests on a real PostgreSQL 15, started on
 
 test-vllm: $(STAMP) bench/peers/.venvs/vllm/.ready ## the backends' contract on a real vLLM (its CPU build, float32, in its own environment)
 	LUTHIER_TEST_VLLM=$(CURDIR)/bench/peers/.venvs/vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contract/test_backends.py
+
+test-llamacpp: $(STAMP) bench/peers/.venvs/llamacpp/.ready ## the same on a real llama.cpp (xllamacpp, merged GGUF, in its own environment)
+	LUTHIER_TEST_LLAMACPP=$(CURDIR)/bench/peers/.venvs/llamacpp/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contract/test_backends.py
 
 CLIENTS := tests/clients/.venv
 THROUGH := $(BIN)/python examples/served.py -c 'import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))'

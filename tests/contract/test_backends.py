@@ -1,6 +1,7 @@
 """Every backend that can run here gives the same tokens, ends alike, and refuses in the same words.
 
-vLLM is tried where LUTHIER_TEST_VLLM names the python of an environment that has it (`make test-vllm`).
+vLLM and llama.cpp are tried where LUTHIER_TEST_VLLM and LUTHIER_TEST_LLAMACPP name the python of an
+environment that has them (`make test-vllm`, `make test-llamacpp`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import os
 import queue
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,8 +24,8 @@ from typing import Any, ClassVar
 import pytest
 from safetensors.torch import load_file, save_file
 
-from luthier import backends
-from luthier.backends import _http, _leash, remote, vllm
+from luthier import artifacts, backends
+from luthier.backends import _http, _leash, llamacpp, remote, vllm
 from luthier.backends._relay import Relay, Unsupported
 from luthier.errors import GraderError, LuthierError, ModelError, ServeError
 from luthier.metrics import Question
@@ -35,11 +38,13 @@ from tests.serving.make_home import PROMPTS, TOKENS, World, asked, make_home
 LONG = 1900
 WAIT_S = 120
 VLLM = os.environ.get("LUTHIER_TEST_VLLM")
+LLAMACPP = os.environ.get("LUTHIER_TEST_LLAMACPP")
 LIMITS = Limits(active=4, waiting=8)
 SPELT = {
     "embedded in a thread": "{name: embedded, apart: false, threads: 1}",
     "embedded apart": "{name: embedded, threads: 1}",
     "vllm": f"{{name: vllm, python: '{VLLM}', dtype: float32, adapters: 2, rank: 8, context: 2048}}",
+    "llamacpp": f"{{name: llamacpp, python: '{LLAMACPP}', places: 2, threads: 1}}",
 }
 
 
@@ -63,6 +68,8 @@ def elsewhere(world: World) -> Iterator[running.Client]:
 def service(request: pytest.FixtureRequest, world: World) -> Iterator[Service]:
     if request.param == "vllm" and VLLM is None:
         pytest.skip("LUTHIER_TEST_VLLM names no environment with vLLM: make test-vllm")
+    if request.param == "llamacpp" and LLAMACPP is None:
+        pytest.skip("LUTHIER_TEST_LLAMACPP names no environment with llama.cpp: make test-llamacpp")
     if request.param == "remote":
         client = request.getfixturevalue("elsewhere")
         spelt = f"{{name: remote, url: '{client.url}', key_env: TEST_REMOTE_KEY}}"
@@ -100,7 +107,7 @@ def finish(events: queue.Queue[Event]) -> tuple[list[Said], str, Event]:
 def test_three_releases_at_once_answer_token_for_token_as_transformers_and_peft_do(
     world: World, service: Service
 ) -> None:
-    """Three adapters where vLLM has two places: one makes room for the next, and comes back."""
+    """Three adapters where vLLM and llama.cpp have two places: one makes room, and comes back."""
     cases = [(digest, prompt) for prompt in PROMPTS for digest in world.releases]
     under_way = [
         (case, submit(service, ask(service, f"guard@{case[0]}", case[1], max_tokens=TOKENS)))
@@ -172,7 +179,7 @@ def test_what_cannot_be_done_is_refused_by_name_or_done(service: Service) -> Non
         _, _, end = finish(submit(service, replace(given, **wish)))
         if isinstance(end, Failed):
             assert isinstance(end.error, LuthierError) and end.error.http_code == 400
-            assert re.match("the backend (vllm|remote) cannot", end.error.what)
+            assert re.match("the backend (vllm|llamacpp|remote) cannot", end.error.what)
 
 
 def test_a_vllm_that_runs_already_is_used_with_what_it_has_loaded(
@@ -197,6 +204,75 @@ def test_a_vllm_that_runs_already_is_used_with_what_it_has_loaded(
         given = ask(service, f"guard@{digest}", PROMPTS[1], max_tokens=TOKENS)
         said, _, _ = finish(submit(service, given))
         assert tuple(one.token for one in said) == world.answers[digest, PROMPTS[1]].tokens
+
+
+def llama(service: Service) -> llamacpp.LlamaCpp:
+    if not (isinstance(service.engine, Relay) and isinstance(service.engine.behind, llamacpp.LlamaCpp)):
+        pytest.skip("another backend")
+    return service.engine.behind
+
+
+def test_a_llamacpp_that_runs_already_is_used_for_the_release_it_names_and_no_other(
+    world: World, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = llama(service)
+    given = ask(service, f"guard@{world.releases[0]}", PROMPTS[0], max_tokens=TOKENS)
+    with behind.held(given.target) as place:
+        monkeypatch.setenv("TEST_LLAMA_KEY", place.door.key or "")
+        part = backends.read(f"{{name: llamacpp, url: '{place.door.url}', key_env: TEST_LLAMA_KEY}}")
+        with Service(world.store, world.home, LIMITS, backend=part) as second:
+            said, _, _ = finish(submit(second, given))
+            assert tuple(one.token for one in said) == world.answers[world.releases[0], PROMPTS[0]].tokens
+            other = ask(second, f"guard@{world.releases[1]}", PROMPTS[0], max_tokens=TOKENS)
+            _, _, end = finish(submit(second, other))
+            assert isinstance(end, Failed) and "does not serve" in end.error.what
+
+
+def test_a_llamacpp_that_was_killed_is_started_again_by_the_next_request(
+    world: World, service: Service
+) -> None:
+    behind = llama(service)
+    given = ask(service, "guard", PROMPTS[0], max_tokens=TOKENS)
+    before = finish(submit(service, given))
+    (process,) = (one.process for one in behind.servers(given.target))
+    assert process is not None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(WAIT_S)
+    assert finish(submit(service, given)) == before
+    assert isinstance(before[2], End)
+
+
+def test_a_llamacpp_whose_tokens_are_not_the_embedded_engines_serves_nobody(
+    world: World, service: Service
+) -> None:
+    """The probes beside the file are falsified, so the server that would answer from it gives others."""
+    behind = llama(service)
+    given = ask(service, f"guard@{world.releases[2]}", PROMPTS[0], max_tokens=TOKENS)
+    with behind.held(given.target):
+        pass
+    folder = behind.job(given.target).folder
+    probes = artifacts.read_json(folder / "probes.json")
+    probes[0]["answer"][0] = (probes[0]["answer"][0] + 1) % 200
+    artifacts.write_json(folder / "probes.json", probes)
+    (folder / artifacts.MANIFEST).unlink()
+    artifacts.seal(folder)
+    with Service(world.store, world.home, LIMITS, backend=backends.read(SPELT["llamacpp"])) as strict:
+        for says in ("tokens that the embedded engine gives", "could not serve this release"):
+            _, _, end = finish(submit(strict, given))
+            assert isinstance(end, Failed) and says in end.error.what
+    shutil.rmtree(folder)
+
+
+def test_a_llamacpp_in_eight_bits_serves_where_most_tokens_agree(world: World, service: Service) -> None:
+    llama(service)
+    spelt = SPELT["llamacpp"].replace("places: 2", "dtype: q8_0, agreement: 0.5")
+    with Service(world.store, world.home, LIMITS, backend=backends.read(spelt)) as narrow:
+        given = ask(narrow, "guard", PROMPTS[0], max_tokens=TOKENS)
+        said, _, end = finish(submit(narrow, given))
+        assert said and isinstance(end, End)
+        penalised = replace(given, sampling=replace(given.sampling, frequency_penalty=0.5))
+        _, _, end = finish(submit(narrow, penalised))
+        assert isinstance(end, Failed) and end.error.http_code == 400 and "penalties" in end.error.what
 
 
 def test_a_backend_that_closes_fails_what_is_left_and_takes_no_more(world: World) -> None:
@@ -244,6 +320,8 @@ def test_vllm_is_never_asked_for_an_adapter_that_it_would_choke_on(world: World,
         ("{name: remote, url: 'http://example.com'}", "only https"),
         ("{name: remote, url: 'https://example.com?to=other'}", "write http"),
         ("{name: vllm, pyton: x}", "Extra inputs"),
+        ("{name: llamacpp}", "give `python`"),
+        ("{name: llamacpp, url: 'http://10.0.0.7:8080'}", "on this machine alone"),
         ("{name: [", "cannot be read"),
     ],
 )

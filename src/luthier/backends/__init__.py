@@ -1,7 +1,7 @@
 """Backends: tokens out of weights. One file is one way to have answers computed, with its own `Params`.
 
-A part declares `Params` and `engine(params, limits)`, which gives what `serving.desk.Engine` describes: the
-interface of `serving.worker.Worker`. Desk, router, canary, log and HTTP stand before any of them unchanged.
+A part declares `Params` and `engine(params, limits, home)`, which gives what `serving.desk.Engine` describes:
+the interface of `serving.worker.Worker`. Desk, router, canary, log and HTTP stand before each unchanged.
 One that can judge offers `ask(params)` too.
 `read` takes one as it is written on a command line. It does not know which part is in use.
 """

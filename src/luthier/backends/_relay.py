@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -48,13 +48,27 @@ class Place:
 
     door: Door
     model: str
+    path: str = COMPLETIONS
+
+
+Token = tuple[int, float | None, tuple[tuple[int, float], ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one event of an answer brings, and why there is no more, if so."""
+
+    tokens: Iterable[Token]
+    ended: Reason | None = None
 
 
 class Behind(Protocol):
-    """The server: `held` makes a release answer there for as long as the block lasts."""
+    """The server: `held` makes a release answer there for as long as the block lasts, `asked` and `told` are
+    the words that it is spoken to in."""
 
     def held(self, target: Target) -> AbstractContextManager[Place]: ...
-    def fields(self, ask: Ask) -> dict[str, Any]: ...
+    def asked(self, ask: Ask) -> dict[str, Any]: ...
+    def told(self, reply: Reply, ask: Ask) -> Iterator[Piece]: ...
     def forget(self) -> None: ...
     def close(self) -> None: ...
 
@@ -181,8 +195,8 @@ class Relay:
             return End(Reason.LENGTH, "")
         for last_try in (False, True):
             with self.behind.held(line.ask.target) as place:
-                body = asked(line.ask) | self.behind.fields(line.ask) | {"model": place.model}
-                with place.door.call(COMPLETIONS, body, line.hold) as reply:
+                body = self.behind.asked(line.ask) | {"model": place.model}
+                with place.door.call(place.path, body, line.hold) as reply:
                     if reply.status == 200:
                         return self._read(line, reply)
                     problem = reply.problem()
@@ -193,8 +207,8 @@ class Relay:
 
     def _read(self, line: _Line, reply: Reply) -> Event:
         text = Unfolding(self._writer(line.ask.target), line.ask.stops)
-        for choice in _choices(reply):
-            for token, logp, top in tokens(choice, line.ask.sampling.logprobs):
+        for piece in self.behind.told(reply, line.ask):
+            for token, logp, top in piece.tokens:
                 with self._writing:
                     said = "" if token in line.ask.stop_ids else text.push(token)
                 self._tell(line, Said(token, said, logp, top))
@@ -202,11 +216,9 @@ class Relay:
                     raise Unreachable("it was cancelled")
                 if text.stopped:
                     return End(Reason.STOP, text.close())
-            if reason := choice.get("finish_reason"):
-                if reason not in REASONS:
-                    raise EngineFailed(f"the engine ended an answer with {str(reason)[:40]!r}")
+            if piece.ended is not None:
                 with self._writing:
-                    return End(REASONS[reason], text.close())
+                    return End(piece.ended, text.close())
         raise EngineFailed("the engine stopped while answering", hint="ask again")
 
     def _writer(self, target: Target) -> Any:
@@ -251,7 +263,13 @@ def asked(ask: Ask) -> dict[str, Any]:
     return body
 
 
-Token = tuple[int, float | None, tuple[tuple[int, float], ...]]
+def told(reply: Reply, logprobs: int | None) -> Iterator[Piece]:
+    """The pieces of an answer, as any such server tells them."""
+    for choice in _choices(reply):
+        reason = choice.get("finish_reason")
+        if reason and reason not in REASONS:
+            raise EngineFailed(f"the engine ended an answer with {str(reason)[:40]!r}")
+        yield Piece(tokens(choice, logprobs), REASONS[reason] if reason else None)
 
 
 def tokens(choice: Mapping[str, Any], logprobs: int | None) -> Iterator[Token]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from luthier import plugins
+from luthier.home import Home
 from luthier.serving.desk import Engine
 from luthier.serving.engine_process import EngineProcess
 from luthier.serving.limits import Limits
@@ -20,5 +21,5 @@ class Params(plugins.Params):
     threads: int | None = Field(default=None, ge=1)
 
 
-def engine(params: Params, limits: Limits) -> Engine:
+def engine(params: Params, limits: Limits, home: Home) -> Engine:
     return (EngineProcess if params.apart else Worker)(limits, params.threads)

@@ -24,9 +24,11 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from luthier import plugins
-from luthier.backends._http import Door, Unreachable, checked
-from luthier.backends._relay import COMPLETIONS, Place, Relay, Unsupported
+from luthier.backends import _relay
+from luthier.backends._http import Door, Reply, Unreachable, checked
+from luthier.backends._relay import COMPLETIONS, Piece, Place, Relay, Unsupported
 from luthier.errors import GraderError, ServeError
+from luthier.home import Home
 from luthier.metrics import Question
 from luthier.serving.desk import Engine
 from luthier.serving.limits import Limits
@@ -59,7 +61,7 @@ class NotAsked(GraderError):
     flag = "model_grader_server_error"
 
 
-def engine(params: Params, limits: Limits) -> Engine:
+def engine(params: Params, limits: Limits, home: Home) -> Engine:
     return Relay(Remote(params), limits, "remote")
 
 
@@ -94,12 +96,15 @@ class Remote:
         bare = target.adapter_digest is None
         yield Place(self._door, target.name if bare else f"{target.name}@{target.release_digest}")
 
-    def fields(self, ask: Ask) -> dict[str, Any]:
+    def asked(self, ask: Ask) -> dict[str, Any]:
         if ask.sampling.logprobs is not None:
             raise Unsupported(
                 "the backend remote cannot tell log-probabilities", hint="embedded and vllm can"
             )
-        return {"ignore_eos": not ask.stop_ids}
+        return _relay.asked(ask) | {"ignore_eos": not ask.stop_ids}
+
+    def told(self, reply: Reply, ask: Ask) -> Iterator[Piece]:
+        return _relay.told(reply, ask.sampling.logprobs)
 
     def forget(self) -> None:
         """Nothing was brought there."""

@@ -16,10 +16,7 @@ import logging
 import os
 import re
 import secrets
-import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -31,11 +28,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from luthier import plugins
-from luthier.backends import _leash
-from luthier.backends._http import Door, Unreachable, checked
-from luthier.backends._relay import COMPLETIONS, Place, Relay
+from luthier.backends import _process, _relay
+from luthier.backends._http import Door, Reply, Unreachable, checked
+from luthier.backends._relay import COMPLETIONS, Piece, Place, Relay
 from luthier.engine import adapters
 from luthier.errors import ModelError, ServeError
+from luthier.home import Home
 from luthier.serving.desk import Engine
 from luthier.serving.engine_process import Unavailable
 from luthier.serving.limits import Limits
@@ -45,9 +43,8 @@ from luthier.serving.worker import Ask
 MODELS, LOAD, UNLOAD = "/v1/models", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 PATHS = frozenset({COMPLETIONS, MODELS, LOAD, UNLOAD})
 OURS = re.compile(r"[0-9a-f]{64}")  # what others loaded under other names is left alone
-BEAT_S, OPEN_S, LAST_S = 0.25, 30.0, 30.0
+BEAT_S, OPEN_S = 0.25, 30.0
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes as the highest
-KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 log = logging.getLogger("luthier.backends")
 
@@ -83,7 +80,7 @@ class Params(plugins.Params):
         return self
 
 
-def engine(params: Params, limits: Limits) -> Engine:
+def engine(params: Params, limits: Limits, home: Home) -> Engine:
     return Relay(Vllm(params, limits), limits, "vllm")
 
 
@@ -122,16 +119,20 @@ class Vllm:
                     self._slots[digest] = max(0, self._slots[digest] - 1)
                 self._changed.notify_all()
 
-    def fields(self, ask: Ask) -> dict[str, Any]:
-        """vLLM's own: it stops at our stop tokens and at no others, and tells tokens by their ids. What is
-        read under one salt is not found again under another."""
+    def asked(self, ask: Ask) -> dict[str, Any]:
+        """With vLLM's own: it stops at our stop tokens and at no others, and tells tokens by their ids. What
+        is read under one salt is not found again under another."""
         salted = {} if not ask.salt else {"cache_salt": ask.salt}
-        return salted | {
+        own = {
             "ignore_eos": True,
             "stop_token_ids": sorted(ask.stop_ids),
             "return_tokens_as_token_ids": True,
             "add_special_tokens": False,
         }
+        return _relay.asked(ask) | salted | own
+
+    def told(self, reply: Reply, ask: Ask) -> Iterator[Piece]:
+        return _relay.told(reply, ask.sampling.logprobs)
 
     def forget(self) -> None:
         with self._changed:
@@ -210,15 +211,9 @@ class Vllm:
         return door
 
     def _started(self, target: Target) -> Door:
-        key, port = secrets.token_urlsafe(32), _free_port()
+        key, port = secrets.token_urlsafe(32), _process.free_port()
         door = Door(f"http://127.0.0.1:{port}", PATHS, key, self._params.timeout_s)
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(Path(_leash.__file__)), *self._command(target, port)],
-            env=self._environment(key),
-            stdin=subprocess.PIPE,
-            stdout=2,  # stdout belongs to whoever started the server
-            start_new_session=True,
-        )
+        self._process = _process.started(self._command(target, port), self._environment(key))
         until_s = time.monotonic() + self._params.start_s
         while time.monotonic() < until_s and not self._closed:
             if self._process.poll() is not None:
@@ -242,30 +237,22 @@ class Vllm:
         return command if params.context is None else [*command, "--max-model-len", str(params.context)]
 
     def _environment(self, key: str) -> dict[str, str]:
-        """Little of ours goes there: no keys, no search path of modules."""
-        return {name: os.environ[name] for name in KEPT if name in os.environ} | {
-            "VLLM_API_KEY": key,
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "VLLM_CPU_KVCACHE_SPACE": str(self._params.cache_gib),
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_HOST_IP": "127.0.0.1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        return _process.environment(
+            VLLM_API_KEY=key,
+            VLLM_ALLOW_RUNTIME_LORA_UPDATING="True",
+            VLLM_CPU_KVCACHE_SPACE=str(self._params.cache_gib),
+            VLLM_CPU_NUM_OF_RESERVED_CPU="0",
+            VLLM_HOST_IP="127.0.0.1",
+            VLLM_NO_USAGE_STATS="1",
+            DO_NOT_TRACK="1",
+            HF_HUB_OFFLINE="1",
+        )
 
     def _end(self) -> None:
         process, self._process, self._door = self._process, None, None
         self._slots.clear()
-        if process is None:
-            return
-        if process.stdin is not None:
-            process.stdin.close()  # lets go of the leash
-        try:
-            process.wait(LAST_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process is not None:
+            _process.end(process)
 
 
 def check(folder: Path, most: int) -> None:
@@ -291,9 +278,3 @@ def _names(door: Door) -> list[str]:
             raise Unreachable(f"vLLM does not list its models ({reply.problem()})")
         listed = reply.json().get("data") or []
     return [str(one["id"]) for one in listed if isinstance(one, dict) and "id" in one]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -177,7 +177,7 @@ class Service:
         if backend is None:
             self.engine = (EngineProcess if apart else Worker)(wide, threads)
         else:
-            self.engine = backend.module.engine(backend.params, wide)
+            self.engine = backend.module.engine(backend.params, wide, home)
         self.worker = Desk(self.engine, limits)
         cache = Cache(limits.cached) if limits.cached else None
         self.traffic = Traffic(store, home, self.router, self.worker, cache)
