@@ -297,6 +297,10 @@ class Uploads:
                 return int(row["seq"])
         raise _unknown(upload_id)
 
+    def room(self, tenant: str) -> int:
+        """How many more bytes the tenant may keep here."""
+        return max(0, self.limits.tenant_bytes - self._held(tenant)[0])
+
     def _held(self, tenant: str) -> tuple[int, int]:
         return _sum(self._store.rows(_held_by(tenant))[0])
 

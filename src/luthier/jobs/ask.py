@@ -18,6 +18,7 @@ from luthier.jobs import spec
 from luthier.jobs.asked import Create, Refused
 from luthier.jobs.queue import Queue
 from luthier.jobs.records import Checkpoint, Job, Note, Told
+from luthier.jobs.turns import UNFINISHED
 from luthier.store import Store
 from luthier.uploads import Upload, Uploads
 
@@ -25,8 +26,8 @@ LETTERS = string.ascii_letters + string.digits
 PURPOSE = "fine-tune"
 
 
-def create(asked: Create, tenant: str, store: Store, uploads: Uploads) -> Job:
-    """A new job in the queue, once its base and files are known to be there."""
+def create(asked: Create, tenant: str, store: Store, uploads: Uploads, most: int | None = UNFINISHED) -> Job:
+    """A new job in the queue, once its base and files are known to be there; `most`: of the tenant's jobs."""
     job = drafted(asked, tenant, store, uploads)
     notes = [Note(f"Created fine-tuning job: {job.id}", "created")]
     notes += [
@@ -41,7 +42,7 @@ def create(asked: Create, tenant: str, store: Store, uploads: Uploads) -> Job:
         notes.append(
             Note("`reasoning_effort` is recorded; no base here has such a setting", "effort", "warn")
         )
-    return Queue(store).add(job, *notes)
+    return Queue(store).add(job, *notes, most=most)
 
 
 def drafted(asked: Create, tenant: str, store: Store, uploads: Uploads) -> Job:

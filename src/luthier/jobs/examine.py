@@ -3,7 +3,8 @@
 OpenAI's lines become rows that a recipe reads, line for line, so that a place in an error is still the line
 of the upload. What cannot be carried over (pictures, names of speakers, the old form of tools) is refused by
 its name and line. The copy lies at `home/jobs/rows/`, named by the upload's SHA-256: what a job learns cannot
-change or go while it runs, and the same upload gives the same dataset. It does not know tokens or bases.
+change or go while it runs, and the same upload gives the same dataset. The copies that a tenant's unfinished
+jobs read must fit into the room that its files leave. It does not know tokens or bases.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def examine(job: Job, queue: Queue, place: tuple[Store, Uploads, Home]) -> None:
 def settle(job: Job, place: tuple[Store, Uploads, Home]) -> dict[str, Any]:
     """Write the rows of both files and settle what depends on their number, or raise `Wrong`."""
     store, uploads, home = place
-    counts = {file[0]: carry(job, uploads, home, file) for file in files(job)}
+    others = [one for one in Queue(store).unfinished() if one.tenant == job.tenant]
+    counts = {file[0]: carry(job, uploads, home, file, others) for file in files(job)}
     count = counts["training_file"]
     if count < LEAST:
         said = f"Training file has {count} example(s), but must have at least {LEAST} examples"
@@ -101,24 +103,37 @@ def _graded(job: Job) -> Part | None:
     return None if method is None else metrics.read(method.grader)
 
 
-def carry(job: Job, uploads: Uploads, home: Home, file: tuple[str, str, str]) -> int:
-    """Check an upload and write its rows; returns how many there are, or raises `Wrong`."""
+def carry(
+    job: Job, uploads: Uploads, home: Home, file: tuple[str, str, str], others: Sequence[Job] = ()
+) -> int:
+    """Check an upload and write its rows, beside those of the tenant's `others`; returns how many there are,
+    or raises `Wrong`."""
     param, upload_id, sha256 = file
     kind = KINDS[Create.model_validate(job.asked).how.type]
+    target = rows_path(home, job, sha256)
+    most = uploads.room(job.tenant) - _copied((job, *others), home, target)
     try:
         source = uploads.path(uploads.get(job.tenant, upload_id))
-        return write(source, rows_path(home, job, sha256), Carried(kind, param, _graded(job)))
+        return write(source, target, Carried(kind, param, _graded(job), most))
     except LookupError as error:
         raise Wrong(f"invalid_{param}", "the file is gone", param) from error
 
 
+def _copied(jobs: Sequence[Job], home: Home, but: Path) -> int:
+    """How many bytes the rows of these jobs hold, each file of rows counted once."""
+    paths = {rows_path(home, job, sha256) for job in jobs for _, _, sha256 in files(job)} - {but}
+    return sum(path.stat().st_size for path in paths if path.exists())
+
+
 @dataclass(frozen=True)
 class Carried:
-    """What a file is to be: the kind of its lines, the field that names it, the grader that reads them."""
+    """What a file is to be: the kind of its lines, the field that names it, the grader that reads them, and
+    how many bytes its rows may be."""
 
     kind: Kind
     param: str
     grader: Part | None = None
+    most: int | None = None
 
 
 def write(source: Path, target: Path, carried: Carried) -> int:
@@ -132,7 +147,7 @@ def write(source: Path, target: Path, carried: Carried) -> int:
         temporary = target.with_name(f".{secrets.token_hex(8)}")
         try:
             with temporary.open("w", encoding="utf-8") as out:
-                count = sum(out.write(line) > 1 for line in _lines(source, carried))
+                count = sum(out.write(line) > 1 for line in _fitting(_lines(source, carried), carried))
                 out.flush()
                 os.fsync(out.fileno())
             temporary.replace(target)
@@ -162,6 +177,19 @@ def _lines(source: Path, carried: Carried) -> Iterator[str]:
             raise Wrong(f"invalid_{carried.param}", f"{place}: {error.what}", carried.param) from error
         yield artifacts.canonical(row).decode("utf-8") + "\n"
         written = number
+
+
+def _fitting(lines: Iterator[str], carried: Carried) -> Iterator[str]:
+    """The lines, as long as there is room for them."""
+    size = 0
+    for line in lines:
+        size += len(line.encode("utf-8"))
+        if carried.most is not None and size > carried.most:
+            said = (
+                f"the rows of this file need more than the {max(0, carried.most)} bytes that are left to you"
+            )
+            raise Wrong("storage_quota_exceeded", f"{said}; delete files or wait for a job", carried.param)
+        yield line
 
 
 def as_row(record: Mapping[str, Any], kind: Kind, where: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import case, exists, insert, or_, select, update
+from sqlalchemy import case, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from luthier import tuned
@@ -38,6 +38,7 @@ from luthier.jobs.records import (
     as_told,
     clean,
 )
+from luthier.jobs.turns import TooManyJobs, fair
 from luthier.schema.jobs import JOB_CHECKPOINTS, JOB_EVENTS, JOBS
 from luthier.store import Store
 
@@ -56,10 +57,13 @@ class Queue:
 
     # ---- for those who ask --------------------------------------------------------------------------
 
-    def add(self, job: Job, *notes: Note) -> Job:
+    def add(self, job: Job, *notes: Note, most: int | None = None) -> Job:
+        """Queue it, unless its tenant has `most` unfinished ones already."""
         row = {name: getattr(job, name) for name in Job.__dataclass_fields__}
         row |= {name: as_text(row[name]) for name in FACTS}
         with self._store.writing() as connection:
+            if most is not None and _unfinished_of(connection, job.tenant) >= most:
+                raise TooManyJobs(most)
             connection.execute(insert(JOBS), row)
             for note in notes:
                 _tell(connection, self._clock(), job.id, note)
@@ -161,8 +165,10 @@ class Queue:
     # ---- for those who examine files ----------------------------------------------------------------
 
     def unexamined(self) -> list[Job]:
-        """Jobs whose files nobody has looked at, oldest first."""
-        query = select(JOBS).where(JOBS.c.status == "validating_files").order_by(JOBS.c.seq)
+        """Of each tenant the oldest job whose files nobody has looked at: none waits for another's many."""
+        new = JOBS.c.status == "validating_files"
+        oldest = select(func.min(JOBS.c.seq)).where(new).group_by(JOBS.c.tenant)
+        query = select(JOBS).where(new, JOBS.c.seq.in_(oldest)).order_by(JOBS.c.seq)
         return [as_job(row) for row in self._store.rows(query)]
 
     def unfinished(self) -> list[Job]:
@@ -184,13 +190,23 @@ class Queue:
     # ---- for those who work -------------------------------------------------------------------------
 
     def free(self, host: str) -> list[Job]:
-        """Jobs that may be claimed, oldest first: queued or running, with no lease that holds.
+        """Jobs that may be claimed, in the order of turns: queued or running, with no lease that holds.
 
         One that a process of this very machine holds is among them: whether that process lives, the kernel
         knows (its lock), and who claims must have that lock.
         """
         query = select(JOBS).where(JOBS.c.status.in_(("queued", "running")), _unheld(host, self._clock()))
-        return [as_job(row) for row in self._store.rows(query.order_by(JOBS.c.seq))]
+        free = [as_job(row) for row in self._store.rows(query.order_by(JOBS.c.seq))]
+        if len({job.tenant for job in free}) < 2:
+            return free
+        held = JOBS.c.status == "running", JOBS.c.lease_until >= self._clock()
+        running: dict[str, set[str]] = {}
+        for row in self._store.rows(select(JOBS.c.tenant, JOBS.c.id).where(*held)):
+            running.setdefault(row["tenant"], set()).add(row["id"])
+        last = func.max(func.coalesce(JOBS.c.finished_at, JOBS.c.started_at))
+        begun = select(JOBS.c.tenant, last.label("last")).where(JOBS.c.started_at.is_not(None))
+        rows = self._store.rows(begun.group_by(JOBS.c.tenant))
+        return fair(free, running, {row["tenant"]: int(row["last"]) for row in rows})
 
     def claim(self, claim: Claim) -> Job | None:
         """The job, if nobody holds it: from now on it is running and this worker's."""
@@ -315,6 +331,13 @@ def _tell(connection: Connection, now: float, job_id: str, note: Note) -> None:
         "message": clean(note.message), "data": as_text(note.data),
     }  # fmt: skip
     connection.execute(insert(JOB_EVENTS), row)
+
+
+def _unfinished_of(connection: Connection, tenant: str) -> int:
+    if connection.dialect.name == "postgresql":  # SQLite has one writer at a time; here tenants queue
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(tenant))))
+    mine = JOBS.c.tenant == tenant, JOBS.c.status.not_in(ENDED)
+    return int(connection.execute(select(func.count()).select_from(JOBS).where(*mine)).scalar_one())
 
 
 def _unheld(host: str, now: float) -> Any:

@@ -48,7 +48,8 @@ class Jobs:
 
     def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """A new job from OpenAI's fields; `training_file` and `validation_file` may be paths on disk."""
-        return ask.job_object(ask.create(self._asked(request), OWNER, self.store, self.uploads))
+        asked = self._asked(request)
+        return ask.job_object(ask.create(asked, OWNER, self.store, self.uploads, most=None))
 
     def quote(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What that job would take; nothing is queued."""
