@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,10 +14,11 @@ from urllib.parse import urlsplit
 import pytest
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
-from luthier import keys
+from luthier import budgets, keys
 from luthier.http import patience
 from luthier.http.auth import REFUSALS
 from luthier.http.exchange import Exchange
+from luthier.owners import share
 from luthier.serving.limits import Limits
 from tests.http.running import Client, body, threaded
 from tests.http.test_chat import gauge, until
@@ -86,6 +88,34 @@ def test_a_full_server_refuses_before_it_reads_and_takes_nothing_from_the_budget
         until(lambda: gauge(client, "luthier_in_flight") == 0)
         found = Client(client.url, secret).ask(body(PROMPTS[0]))
         assert found.headers["x-ratelimit-remaining-requests"] == "2"
+
+
+def test_what_is_refused_for_room_costs_nothing_and_n_answers_begin_together_or_not_at_all(
+    world: World, tmp_path: Path
+) -> None:
+    own = copy_home(world, tmp_path / "home")
+    share(own.store, "guard", actor="test")
+    key, secret = keys.create(own.store, "acme", [keys.Scope.INFER])
+    rival = keys.create(own.store, "rival", [keys.Scope.INFER])[1]
+    long = body(PROMPTS[0], stream=True, max_tokens=1900)
+    with threaded(own.store, own.home, limits=Limits(active=1, waiting=3, grace_s=0.0)) as client:
+        mine = Client(client.url, secret)
+        with client.open() as http, ThreadPoolExecutor(2) as pool:
+            with http.stream("POST", "/v1/chat/completions", json=long) as growing:
+                lines = growing.iter_lines()
+                next(lines)
+                for n, status in ((4, 429), (5, 400)):  # 3 may wait now; 5 never find room
+                    assert mine.ask(body(PROMPTS[0], n=n)).status_code == status
+                    assert gauge(client, "luthier_queue") == 0
+                waits = pool.submit(mine.ask, body(PROMPTS[0], n=3))
+                until(lambda: gauge(client, "luthier_queue") == 3)
+                theirs = pool.submit(Client(client.url, rival).ask, body(PROMPTS[1], max_tokens=TOKENS))
+                assert waits.result(30).status_code == 429  # one of its answers gave its place to the rival
+            assert theirs.result(30).status_code == 200
+    found = [record for record in own.store.requests() if record.key_id == key.id]
+    assert sorted(record.status for record in found) == [400, 429, 429]
+    assert not any(record.prompt_tokens or record.completion_tokens for record in found)
+    assert not budgets.spent_today(own.store, key.id)
 
 
 def refused(client: Client, secret: str, rest: str) -> str:

@@ -86,6 +86,31 @@ def test_a_full_queue_refuses_the_tenant_that_filled_it_and_takes_in_another(ser
     assert all(isinstance(last(events), End) for events in waiting)
 
 
+def test_room_is_judged_for_the_tenant_that_asks(service: Service) -> None:
+    """Also for one request of many answers: they find room together, or none of them does."""
+    short, target = ask(service, 4), service.router.resolve("guard")
+    plug, unplug = submit(service, ask(service, LONG), "local")
+    plug.get(timeout=30)
+    waiting = [submit(service, short, "local")[0] for _ in range(6)]
+    given = target, asked("hello there"), Options(max_tokens=4)
+    for turn in (None, Turn("local")):
+        with pytest.raises(Busy):
+            service.prepare(*given, turn)
+        with pytest.raises(Busy):
+            service.prepare_text(target, "hello", Options(max_tokens=4), turn)
+    assert service.prepare(*given, Turn("guest"))
+    assert service.prepare_text(target, "hello", Options(max_tokens=4), Turn("guest"))
+    service.worker.require_room(Turn("guest"), 3)
+    with pytest.raises(Busy):
+        service.worker.require_room(Turn("guest"), 4)
+    assert all(events.empty() for events in waiting)  # to ask for room takes nobody's
+    unplug()
+    assert all(isinstance(last(events), End) for events in waiting)
+    service.worker.require_room(Turn("local"), 7)
+    with pytest.raises(Busy):
+        service.worker.require_room(Turn("local"), 8)
+
+
 def test_a_low_request_runs_in_idle_room_and_gives_way_to_the_first_that_comes(service: Service) -> None:
     low, _ = submit(service, ask(service, LONG), "shadow", low=True)
     low.get(timeout=30)

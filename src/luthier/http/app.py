@@ -58,7 +58,7 @@ def create_app(
 
     def note(record: RequestRecord, tenant: str) -> None:
         meter.note(record, tenant)
-        if record.status != 429 or logged():
+        if record.status != 429 or record.prompt_tokens or logged():  # what was spent is always told
             service.journal.note(record)
 
     @app.get("/health")

@@ -22,6 +22,7 @@ from luthier.errors import ServeError
 from luthier.http.auth import caller
 from luthier.http.problems import RequestError, TooLarge
 from luthier.serving.desk import Turn
+from luthier.serving.limits import Busy
 from luthier.serving.router import Target
 from luthier.serving.service import Service
 from luthier.serving.traffic import Again, Route
@@ -48,10 +49,12 @@ class Exchange:
     def __init__(self, request: Request, note: Callable[[RequestRecord, str], None]) -> None:
         self.request = request
         self.who = caller(request)
+        self.turn = Turn(self.who.tenant)
         self._note: Callable[[RequestRecord, str], None] | None = note
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._cancels: list[Callable[[], None]] = []
         self.open = 0  # answers that have not ended
+        self._heard = False
         self._watcher: asyncio.Task[None] | None = None
         self._at = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._began_s = time.monotonic()
@@ -90,7 +93,7 @@ class Exchange:
 
     async def find(self, service: Service, model: str, user: str | None) -> Target:
         """The release that answers, for a caller who may see it."""
-        service.worker.require_room(Turn(self.who.tenant))  # before any thread: a refusal must not queue
+        service.worker.require_room(self.turn)  # before any thread: a refusal must not queue
         who = self.who
 
         def route() -> Route:
@@ -103,11 +106,14 @@ class Exchange:
         return self.route.target
 
     def begin(self, service: Service, asks: Sequence[Ask], n: int = 1, again: Again | None = None) -> None:
-        """Start the answers: `n` to each ask, the sampled ones with seeds that follow each other. `again`
-        makes the same request of another release, for a shadow."""
+        """Start the answers, all or none: `n` to each ask, the sampled ones with seeds that follow on.
+        `again` makes the same request of another release, for a shadow."""
         assert self.route is not None, "`find` comes first"
         loop = asyncio.get_running_loop()
-        turn = Turn(self.who.tenant)
+        most = service.limits.active + service.limits.waiting
+        if len(asks) * n > most:
+            raise RequestError(f"{len(asks) * n} answers at once, and this server takes on {most}")
+        service.worker.require_room(self.turn, len(asks) * n)
 
         def sink(at: int) -> Callable[[Event], None]:
             def hear(event: Event) -> None:
@@ -116,11 +122,11 @@ class Exchange:
 
             return hear
 
-        self.prompt_tokens = sum(len(ask.prompt_ids) for ask in asks)
         self._watcher = asyncio.create_task(self._watch())
         for ask in (_again(ask, copy) for ask in asks for copy in range(n)):
-            self._cancels.append(service.traffic.start(self.route, ask, sink(self.open), turn, again))
+            self._cancels.append(service.traffic.start(self.route, ask, sink(self.open), self.turn, again))
             self.open += 1
+        self.prompt_tokens = sum(len(ask.prompt_ids) for ask in asks)  # of what is refused, none is charged
 
     async def next(self) -> tuple[int, Heard]:
         """The next event, and of which answer; a failure or a client that left is raised."""
@@ -129,7 +135,10 @@ class Exchange:
             raise ClientGone("the client left")
         at, event = found
         if isinstance(event, Failed):
+            if isinstance(event.error, Busy) and not self._heard:  # its places in the queue were lost
+                self.prompt_tokens = 0
             raise event.error
+        self._heard = True
         if isinstance(event, Said):
             self.completion_tokens += 1
             if self._first_token_s is None:

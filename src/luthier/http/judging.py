@@ -20,6 +20,7 @@ from luthier.keys import Caller
 from luthier.metrics import Ask, Question
 from luthier.rows import Message, Role
 from luthier.serving.desk import Turn
+from luthier.serving.limits import Busy
 from luthier.serving.service import Options, Service
 from luthier.serving.worker import End, Event, Failed, Said
 from luthier.store import RequestRecord
@@ -99,16 +100,19 @@ class Judges:
         )  # fmt: skip
         target = self._service.router.resolve(question.model, self._who.tenant)
         count.release = target.release_digest
-        ask = self._service.prepare(target, turns, options)
+        turn = Turn(self._who.tenant)
+        ask = self._service.prepare(target, turns, options, turn)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         began_s = time.monotonic()
-        cancel = self._service.submit(ask, events.put, Turn(self._who.tenant))
+        cancel = self._service.submit(ask, events.put, turn)
         count.prompt_tokens = len(ask.prompt_ids)
-        said = []
+        said: list[str] = []
         try:
             while True:
                 event = self._next(events)
                 if isinstance(event, Failed):
+                    if isinstance(event.error, Busy) and not said:  # its place in the queue was lost
+                        count.prompt_tokens = 0
                     raise event.error
                 said.append(event.text)
                 if isinstance(event, End):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -95,11 +95,11 @@ class Desk:
         self._fill()
         return partial(self._cancel, line)
 
-    def require_room(self, turn: Turn | None = None) -> None:
-        """Raise what `submit` would raise now, before work is spent on a request."""
+    def require_room(self, turn: Turn | None = None, answers: int = 1) -> None:
+        """Raise what `submit` would raise now to the last of so many, before work is spent on a request."""
         self.engine.require_room()
         with self._changed:
-            self._require_room(turn or Turn())
+            self._require_room(turn or Turn(), answers)
 
     def warm(self, target: Target) -> None:
         self.engine.warm(target)
@@ -142,7 +142,7 @@ class Desk:
         turns = (waiting + 1) / self._limits.active
         return busy(waiting, min(60, max(1, math.ceil(turns * self._mean_s))))
 
-    def _require_room(self, turn: Turn) -> None:
+    def _require_room(self, turn: Turn, answers: int = 1) -> None:
         """A tenant is refused when the room is full and nobody waits more often than it does."""
         if self._closing:
             raise _closing()
@@ -151,10 +151,15 @@ class Desk:
                 raise Dropped("no room for a low-priority request")
             return
         idle = self._limits.active - sum(not line.turn.low for line in self._running)
-        if self._length() < self._limits.waiting + max(0, idle):
-            return
-        if len(self._waiting.get(turn.tenant, ())) + 1 >= max(map(len, self._waiting.values()), default=0):
-            raise self._full()
+        places = max(0, self._limits.waiting + max(0, idle) - self._length())
+        waits = Counter({tenant: len(lines) for tenant, lines in self._waiting.items()})
+        waits[turn.tenant] += min(places, answers)
+        for _ in range(places, answers):
+            longest = max(waits, key=lambda tenant: waits[tenant])
+            if waits[turn.tenant] + 1 >= waits[longest]:
+                raise self._full()
+            waits[longest] -= 1
+            waits[turn.tenant] += 1
 
     def _admit(self, line: _Line) -> _Line | None:
         """Queue it; returns the request whose place it took, if it took one."""

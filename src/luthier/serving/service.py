@@ -219,15 +219,19 @@ class Service:
         self.traffic.shadows.close()
         self.journal.close()
 
-    def prepare(self, target: Target, messages: Sequence[Message], options: Options) -> Ask:
+    def prepare(
+        self, target: Target, messages: Sequence[Message], options: Options, turn: Turn | None = None
+    ) -> Ask:
         """Everything that can be refused, refused; what is left only has to be computed."""
-        self.worker.require_room()
+        self.worker.require_room(turn)
         voice = self.voice(target)
         return self._ask(target, voice, voice.read(messages, options.tools), options)
 
-    def prepare_text(self, target: Target, prompt: str | Sequence[int], options: Options) -> Ask:
+    def prepare_text(
+        self, target: Target, prompt: str | Sequence[int], options: Options, turn: Turn | None = None
+    ) -> Ask:
         """The same for a document to go on with, as text or as tokens."""
-        self.worker.require_room()
+        self.worker.require_room(turn)
         voice = self.voice(target)
         room = 0 if options.max_tokens == 0 else 1
         if isinstance(prompt, str):
@@ -274,9 +278,10 @@ class Service:
 
         `tenant`: whose models may be named and whose turn it is; None sees all.
         """
-        ask = self.prepare(self.router.resolve(model, tenant), messages, options or Options())
+        turn = Turn(tenant) if tenant else None
+        ask = self.prepare(self.router.resolve(model, tenant), messages, options or Options(), turn)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        cancel = self.submit(ask, events.put, Turn(tenant) if tenant else None)
+        cancel = self.submit(ask, events.put, turn)
         try:
             while True:
                 match events.get():

@@ -42,7 +42,7 @@ def routes(service: Service, note: Note) -> APIRouter:
             target = await exchange.find(service, asked.model, asked.user)
 
             def prepare(target: Target) -> Ask:
-                return service.prepare(target, asked.messages, asked.options)
+                return service.prepare(target, asked.messages, asked.options, exchange.turn)
 
             ask = await run_in_threadpool(prepare, target)
             voice = await run_in_threadpool(service.voice, target)

@@ -69,7 +69,8 @@ def routes(service: Service, note: Note) -> APIRouter:
             options = replace(options, logprobs=given.logprobs, score_prompt=scored)
 
             def prepare() -> list[Ask]:
-                return [service.prepare_text(target, prompt, options) for prompt in given.prompts]
+                turn = exchange.turn
+                return [service.prepare_text(target, prompt, options, turn) for prompt in given.prompts]
 
             asks = await run_in_threadpool(prepare)
             voice = await run_in_threadpool(service.voice, target)

@@ -66,7 +66,8 @@ def routes(service: Service, note: Note) -> APIRouter:
             target = await exchange.find(service, given.model, given.user)
 
             def prepare() -> list[Ask]:
-                return [service.prepare_text(target, text, EMBED) for text in given.inputs]
+                turn = exchange.turn
+                return [service.prepare_text(target, text, EMBED, turn) for text in given.inputs]
 
             exchange.begin(service, await run_in_threadpool(prepare))
             return Vectors(given)
