@@ -219,3 +219,31 @@ def test_a_grammar_shapes_what_is_said(service: Service) -> None:
     events, _ = begin(service, replace(ask, grammar=Grammar(Kind.REGEX, "(yes|no)")))
     _, text, end = finish(events)
     assert text in {"yes", "no"} and isinstance(end, End)
+
+
+def test_a_warm_release_knows_its_words_so_that_a_first_grammar_holds_nobody_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llguidance.hf
+
+    with Service(world.store, world.home, Limits(active=2)) as service:
+        service.warm()
+        monkeypatch.setattr(llguidance.hf, "from_tokenizer", None)  # who builds a vocabulary now fails
+        schema = Grammar(Kind.JSON_SCHEMA, '{"type": "object", "additionalProperties": false}')
+        events, _ = begin(service, ask_for(service, "guard", "hello", Options(40, grammar=schema)))
+        _, text, end = finish(events)
+        assert isinstance(end, End) and text.startswith("{")
+
+
+def test_a_request_that_breaks_the_step_itself_ends_in_an_error_and_the_next_is_answered(
+    world: World, service: Service
+) -> None:
+    """A token that no model has gets past every check here, and the step raises over it."""
+    sound = ask_for(service, "guard", PROMPTS[0], Options(TOKENS))
+    poisoned, _ = begin(service, replace(sound, prompt_ids=(1, 10**6, 2)))
+    beside, _ = begin(service, sound)
+    _, _, failed = finish(poisoned)
+    assert isinstance(failed, Failed) and failed.error.http_code == 500 and failed.error.what
+    for events in (beside, begin(service, sound)[0]):
+        assert tuple(finish(events)[0]) == world.answers[world.releases[0], PROMPTS[0]].tokens
+    settle(service)

@@ -136,7 +136,7 @@ class Voice:
             check(grammar, self.reader)
 
     def ready_to_spell(self) -> None:
-        """Do now, in this thread, what the first `spelt` needs."""
+        """Do now, in this thread, what the first `spelt` and the first grammar need."""
         with self.lock:
             vocabulary(self.reader)
 
@@ -206,7 +206,7 @@ class Service:
         for model in self.router.in_production():
             try:
                 target = self.router.resolve(model)
-                self.voice(target)
+                self.voice(target).ready_to_spell()
                 self.worker.warm(target)
                 ready += 1
             except LuthierError as error:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 from luthier import template
 from luthier.engine.decoder import Decoder
-from luthier.engine.grammar import Grammar, constraint
+from luthier.engine.grammar import Grammar, constraint, vocabulary
 from luthier.engine.growing import Ended, Growing, Grown, Room
 from luthier.engine.sampling import Chooser, Chosen, Sampling
 from luthier.errors import LuthierError, ServeError
@@ -338,6 +338,7 @@ class Worker:
             room = Room(limits.active, limits.chunk_tokens, limits.adapters, limits.cache_bytes)
             decoder = Decoder.load(target.base_dir, target.base_digest, room, self._threads)
             writer = template.load_tokenizer(target.base_dir)
+            vocabulary(writer)  # takes a second for a large one: now, and not while others' answers grow
             with self._wake:
                 self._bases[target.base_digest] = decoder
             self._adapters[target.base_digest] = OrderedDict()
