@@ -139,6 +139,26 @@ def test_an_engine_that_gets_no_step_done_is_killed_and_one_that_idles_is_not(
     assert engine(service).restarts == restarts + 1
 
 
+def test_an_engine_that_hangs_before_it_is_ready_is_killed_and_the_next_one_answers(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped while it still imports what it needs; what was asked of it is asked of the next."""
+    with Service(world.store, world.home, Limits(active=2), threads=1, apart=True) as service:
+        until(lambda: engine(service).pid is not None)
+        pid = engine(service).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        events = submit(service, ask(service, "guard", PROMPTS[0], TOKENS))
+        assert engine(service).state is State.STARTING
+        monkeypatch.setattr(engine_process, "UNREADY", 2)
+        until(lambda: engine(service).pid != pid)
+        monkeypatch.setattr(engine_process, "UNREADY", WAIT_S)
+        tokens, _, end = finish(events)
+        assert isinstance(end, End) and engine(service).restarts == 1 and not alive(pid)
+        release = service.router.resolve("guard").release_digest
+        assert tuple(tokens) == world.answers[release, PROMPTS[0]].tokens
+
+
 def test_a_cancelled_answer_frees_its_place_in_the_engine(service: Service) -> None:
     events: queue.Queue[Event] = queue.Queue()
     cancel = service.submit(ask(service, "guard", PROMPTS[0], LONG), events.put)

@@ -9,7 +9,7 @@ It!): requests get 503 with Retry-After for `OPEN_S`, then one more start is tri
 An engine that hangs is killed, which is a crash like any other: one that gives no sign of life for `SILENT`
 ticks, or that gets no step done for `STUCK` ticks while answers are under way. Ticks are counted, not read
 from a clock, so a server that was itself stopped for an hour finds nothing amiss. `STUCK` allows for a base
-that loads from a slow disk. An engine that hangs before it was ever ready is not noticed.
+that loads from a slow disk, `UNREADY` for the imports before an engine first says that it is ready.
 
 The interface is the worker's own. It does not know queues, tenants, HTTP or tokens.
 """
@@ -42,7 +42,7 @@ from luthier.serving.worker import Ask, End, EngineFailed, Event, Failed, Sink
 
 CRASHES, WINDOW_S, OPEN_S = 5, 60.0, 30.0
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0)
-TICK_S, SILENT, STUCK = 1.0, 20, 300
+TICK_S, SILENT, STUCK, UNREADY = 1.0, 20, 300, 120
 LAST_S = 5.0  # beyond the grace time, before an engine that does not end is killed
 
 log = logging.getLogger("luthier.serving")
@@ -214,7 +214,8 @@ class EngineProcess:
     def _watch(self) -> None:
         """Kill an engine that hangs; the supervisor sees it end and goes on from there."""
         watched: tuple[int, int] = (0, 0)
-        silent = stuck = 0
+        silent = stuck = unready = 0
+        last: subprocess.Popen[bytes] | None = None
         while not self._stop.wait(TICK_S):
             with self._lock:
                 process, busy = self._process, bool(self._lines or self._chores)
@@ -222,10 +223,13 @@ class EngineProcess:
             before, watched = watched, (self._heard, self._counts.turns)
             silent = silent + 1 if ready and watched[0] == before[0] else 0
             stuck = stuck + 1 if ready and busy and watched[1] == before[1] else 0
-            if process is not None and (silent >= SILENT or stuck >= STUCK):
-                log.error("the engine hangs (%s) and is killed", "no sign of life" if silent else "no step")
+            unready = unready + 1 if not ready and process is last else 0
+            last = process
+            why = _hangs(silent, stuck, unready)
+            if process is not None and why is not None:
+                log.error("the engine hangs (%s) and is killed", why)
                 process.kill()
-                silent = stuck = 0
+                silent = stuck = unready = 0
 
     def _spawn(self, its: socket.socket) -> subprocess.Popen[bytes]:
         package = str(Path(__file__).parents[2])
@@ -325,6 +329,15 @@ class EngineProcess:
             line.sink(Failed(error))
         for chore in chores:
             chore.done.set_exception(error)
+
+
+def _hangs(silent: int, stuck: int, unready: int) -> str | None:
+    """What is wrong with an engine that has been so for so many ticks."""
+    if silent >= SILENT:
+        return "no sign of life"
+    if stuck >= STUCK:
+        return "no step"
+    return "never ready" if unready >= UNREADY else None
 
 
 def _died() -> EngineFailed:
