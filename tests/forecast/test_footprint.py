@@ -17,7 +17,9 @@ from luthier.forecast.layout import Layout
 from tests.engine.tiny_families import FAMILIES
 from tests.forecast.test_flops import adapted, rows
 
-STACKS = (Stack(64, 128, (4, 4)), Stack(64, 64, (4,)), Stack(64, 256, (4,)), Stack(128, 64))
+STACKS = (
+    Stack(64, 128, (4, 4)), Stack(64, 64, (4,), False), Stack(64, 256, (4,)), Stack(128, 64, (), False),
+)  # fmt: skip
 SHAPE = footprint.Shape(2, 64, 4, 2, 16, 128, 300, 100_000, 1000, 2, STACKS)
 
 
@@ -54,6 +56,25 @@ def test_computing_more_again_keeps_less() -> None:
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3
 
 
+def test_a_look_at_many_learnt_tokens_under_a_large_vocabulary_may_be_the_peak() -> None:
+    wide, at = replace(SHAPE, vocabulary=200_000), replace(alone(100), loss_tokens=4)
+    alone_ = footprint.forecast(wide, [at], How())
+    looked = footprint.forecast(wide, [at], How(), looks=[replace(at, loss_tokens=256)])
+    assert looked.activations + looked.head == footprint.looking_bytes(
+        wide, replace(at, loss_tokens=256), How()
+    )
+    assert looked.total > alone_.total
+
+
+def test_a_trial_stands_for_what_was_assumed_and_no_forecast_is_below_its_peak() -> None:
+    said = footprint.forecast(SHAPE, [alone(100)], How(), row_tokens=1000)
+    found = footprint.settled(said, resident=600_000_000, products=5, peak=0)
+    assert (found.process, found.products, found.rows) == (600_000_000, 5, 0)
+    assert found.total - said.total == 600_000_005 - said.process - said.products - said.rows
+    high = footprint.settled(said, 600_000_000, 5, peak=10**9)
+    assert high.total == 10**9 + said.optimiser + said.checkpoint
+
+
 def test_a_mapped_base_counts_what_was_stacked_out_of_it_twice() -> None:
     mapped = footprint.weights_bytes(replace(SHAPE, mapped=True))
     assert mapped - footprint.weights_bytes(SHAPE) == 2 * 2 * (64 * 128 + 64 * 256)
@@ -83,10 +104,15 @@ def test_a_layout_counts_what_the_real_batch_lays_out(lengths: list[int], shared
     assert at.pairs == sum(pairs) and at.widest[0] == max(pairs)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+KEEPING = [("llama", ["q_proj", "v_proj"]), *((family, "all-linear") for family in sorted(FAMILIES))]
+
+
+@pytest.mark.parametrize(("family", "targets"), KEEPING, ids=str)
 @pytest.mark.parametrize(("lengths", "shared"), [([20, 9, 31], 0), ([40, 37, 50], 32), ([300, 20], 0)])
-def test_what_a_layer_keeps_is_what_autograd_holds(targets: Any, lengths: list[int], shared: int) -> None:
-    model, shape = adapted("llama", targets, 4)
+def test_what_a_layer_keeps_is_what_autograd_holds(
+    family: str, targets: Any, lengths: list[int], shared: int
+) -> None:
+    model, shape = adapted(family, targets, 4)
     given = rows(lengths, shared)
     inside = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     held: dict[int, int] = {}

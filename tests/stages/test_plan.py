@@ -75,14 +75,14 @@ def test_what_cannot_fit_in_memory_is_refused_with_what_would(made: Inputs, tmp_
         run(made, tmp_path, planning({"memory_gb": 0.1}))
     would_fit = float(str(caught.value).rsplit("plan.memory_gb: ", 1)[1].split(";")[0])
     facts = run(made, tmp_path, planning({"memory_gb": would_fit}))
-    assert facts["peak_gb"] <= would_fit
+    assert facts["closed_peak_gb"] <= would_fit
 
 
 def test_less_memory_means_smaller_micro_batches(made: Inputs, tmp_path: Path) -> None:
     section = planning(batch=40)
     wide = run(made, tmp_path / "wide", section)
     assert wide["micro_tokens"] == MICRO_TOKENS
-    tight = run(made, tmp_path / "tight", planning({"memory_gb": wide["peak_gb"] - 0.005}, batch=40))
+    tight = run(made, tmp_path / "tight", planning({"memory_gb": wide["closed_peak_gb"] - 0.005}, batch=40))
     assert tight["micro_tokens"] < MICRO_TOKENS and tight["tokens"] == wide["tokens"]
     assert tight["largest_micro_batch"] < wide["largest_micro_batch"]
 

@@ -20,6 +20,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 def release() -> None:
     """Give back what is no longer used, so that what follows starts from a clean heap (glibc only)."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Give freed memory back to the kernel now, held or not (glibc only)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

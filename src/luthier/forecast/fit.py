@@ -48,7 +48,8 @@ class Work:
         return self.known[budget]
 
     def forecast(self, budget: int) -> Forecast:
-        return footprint.forecast(self.shape, self.layouts(budget), self.how, self.row_tokens)
+        looks = layout.step(self.validation, budget)
+        return footprint.forecast(self.shape, self.layouts(budget), self.how, self.row_tokens, looks)
 
 
 @dataclass(frozen=True)

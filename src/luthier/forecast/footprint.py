@@ -26,11 +26,11 @@ from luthier.forecast.layout import Layout
 
 FLOAT32 = 4
 RUN = {"q_proj": 0, "qkv_proj": 0, "o_proj": 1, "gate_proj": 2, "gate_up_proj": 2, "down_proj": 3}
-PROCESS_BYTES = 500_000_000  # Python with torch, transformers and PEFT loaded, before any weight
-PRODUCT_BYTES = 1_500_000  # one compiled product of the matrix library for one shape, 16 bit only
+PROCESS_BYTES = 475_000_000  # Python with torch, transformers and PEFT loaded, before any weight
+PRODUCT_BYTES = 600_000  # one compiled product of the matrix library for one shape, 16 bit only
 PRODUCTS, PRODUCTS_A_SIZE = 128, 38  # how many are kept; how many one new micro-batch size makes
-FRAGMENTATION = 0.15  # of the activations: freed pieces that fit nothing
-SLACK = 0.02  # of everything else: allocator rounding, thread buffers
+FRAGMENTATION = 0.2  # of what comes and goes with a step: freed pieces that fit nothing
+SPREAD_BYTES = 60_000_000  # the same for any step: pieces that stay lie between those that go
 ROW_TOKEN_BYTES = 45  # a row's token and its mask, as Python keeps them
 
 
@@ -49,6 +49,7 @@ class Stack:
     inputs: int
     outputs: int
     ranks: tuple[int, ...] = ()
+    joined: bool = True  # of several layers, whose weights are copied into one tensor
 
     @property
     def rank(self) -> int:
@@ -66,6 +67,7 @@ class Shape:
 
     stacks:   of one layer, in the order they run: queries to values, attention's output, gate and up, down.
     mapped:   weights are read where the file lies in memory; stacked ones exist a second time.
+    norms:    of one layer's width; those beyond two stand behind a product, whose output they keep.
     """
 
     layers: int
@@ -81,6 +83,7 @@ class Shape:
     stacks: tuple[Stack, ...]
     qk_norm: bool = False
     mapped: bool = False
+    norms: int = 2
 
     @property
     def queries(self) -> int:
@@ -117,6 +120,7 @@ def shape(outline: Any, ranks: Mapping[str, int], weight_bytes: int, mapped: boo
         trainable=sum(ranks[name] * (part.in_features + part.out_features) for name, part in adapted.items()),
         weight_bytes=weight_bytes, stacks=_stacks(linears), mapped=mapped,
         qk_norm=any(name.endswith("q_norm") for name, _ in layers[0].named_modules()),
+        norms=sum(name.endswith("layernorm") for name, _ in layers[0].named_children()),
     )  # fmt: skip
 
 
@@ -132,7 +136,7 @@ def _stacks(linears: Mapping[str, tuple[int, int, int]]) -> tuple[Stack, ...]:
         members = [key for key in linears if key.rsplit(".", 1)[-1] in names]
         joined.update(members)
         ranks = tuple(rank for key in members if (rank := linears[key][2]))
-        found[leaf] = Stack(inputs, sum(linears[key][1] for key in members), ranks)
+        found[leaf] = Stack(inputs, sum(linears[key][1] for key in members), ranks, len(members) > 1)
     return tuple(found[name] for name in sorted(found, key=lambda name: RUN.get(name, len(RUN))))
 
 
@@ -140,7 +144,10 @@ def _stacks(linears: Mapping[str, tuple[int, int, int]]) -> tuple[Stack, ...]:
 class How:
     """In what way the same numbers are computed.
 
-    products: the matrix library keeps one compiled product for each shape of 16 bit numbers.
+    here: on a CPU, whose matrix library keeps one compiled product for each shape of 16 bit numbers, and
+        whose memory holds checkpoints until they are on disk.
+    fragmentation, spread_bytes: what freed pieces that fit nothing take: a share of what comes and goes, and
+        what they take in any case.
     sampling_bytes: what the same process holds to sample answers, beside all of training.
     """
 
@@ -149,7 +156,10 @@ class How:
     tile: int = TILE
     process_bytes: int = PROCESS_BYTES
     fragmentation: float = FRAGMENTATION
-    products: bool = True
+    spread_bytes: int = SPREAD_BYTES
+    slack: float = 0.0
+    here: bool = True
+    product_bytes: int = PRODUCT_BYTES
     sampling_bytes: int = 0
 
 
@@ -188,6 +198,7 @@ def layer_bytes(shape: Shape, at: Layout, checkpointing: Checkpointing = Checkpo
     if checkpointing is Checkpointing.FULL:
         return c * d * tokens
     norms = tokens * 2 * (2 * c * d + FLOAT32)  # each: its input, its output, one scale
+    norms += tokens * max(0, shape.norms - 2) * (c * d + FLOAT32)
     if shape.qk_norm:
         norms += tokens * (c * (shape.queries + shape.keys) + FLOAT32 * (shape.heads + shape.kv_heads))
     attention = c * at.places * (shape.queries + 2 * shape.keys) + c * shape.heads * at.kept
@@ -213,6 +224,15 @@ def passing_bytes(shape: Shape, at: Layout, how: How) -> int:
     return max(gated, scores + sent - freed)
 
 
+def looking_bytes(shape: Shape, at: Layout, how: How) -> int:
+    """What a look at held-out rows, or a reference, takes at its most: a tile of logits, float32 twice beside
+    it, or a layer's widest product."""
+    c = shape.weight_bytes
+    rows = min(how.tile, at.loss_tokens)
+    tile = rows * shape.vocabulary * (2 * FLOAT32 + (c if c < FLOAT32 else 0))
+    return max(tile, c * at.tokens * 4 * shape.inner) + c * shape.width * (at.tokens + at.loss_tokens)
+
+
 def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
     """(activations, head) of one micro-batch, when they are most together."""
     c, d = shape.weight_bytes, shape.width
@@ -229,12 +249,17 @@ def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
     return (kept + passing, slope) if passing >= tile else (kept, tile + slope)
 
 
-def forecast(shape: Shape, layouts: Iterable[Layout], how: How, row_tokens: int = 0) -> Forecast:
-    """The peak of a training process that meets these micro-batches; `row_tokens`: of all rows it holds."""
+def forecast(
+    shape: Shape, layouts: Iterable[Layout], how: How, row_tokens: int = 0, looks: Iterable[Layout] = ()
+) -> Forecast:
+    """The peak of a training process that meets these micro-batches and, without a way back, `looks`;
+    `row_tokens`: of all rows it holds."""
     met = set(layouts)
     activations, head = max((moving_bytes(shape, at, how) for at in met), key=sum)
+    looked = max((looking_bytes(shape, at, how) for at in set(looks)), default=0)
+    if looked > activations + head:
+        activations, head = 0, looked
     adapters = FLOAT32 * shape.trainable
-    met_sizes = len({at.tokens for at in met})
     known = {
         "process": how.process_bytes + how.sampling_bytes,
         "rows": ROW_TOKEN_BYTES * row_tokens,
@@ -242,13 +267,32 @@ def forecast(shape: Shape, layouts: Iterable[Layout], how: How, row_tokens: int 
         "adapters": adapters,
         "gradients": adapters,
         "optimiser": 2 * adapters,
-        "activations": round((1 + how.fragmentation) * activations),
+        "activations": activations,
         "head": head,
-        "checkpoint": 4 * adapters if how.products else 0,  # copies of weights and moments, the best weights
-        "products": PRODUCT_BYTES * min(PRODUCTS, PRODUCTS_A_SIZE * met_sizes)
-        if how.products and shape.weight_bytes < FLOAT32 else 0,
+        "checkpoint": 4 * adapters if how.here else 0,  # copies of weights and moments, the best weights
+        "products": products_bytes(shape, how, len({at.tokens for at in met})),
     }  # fmt: skip
-    return Forecast(**known, slack=round(SLACK * sum(known.values())))
+    spread = how.spread_bytes + how.fragmentation * (activations + head) + how.slack * sum(known.values())
+    return Forecast(**known, slack=round(spread))
+
+
+def products_bytes(shape: Shape, how: How, sizes: int) -> int:
+    """What the matrix library keeps once it has met micro-batches of so many sizes."""
+    if not how.here or shape.weight_bytes == FLOAT32:
+        return 0
+    return how.product_bytes * min(PRODUCTS, PRODUCTS_A_SIZE * sizes)
+
+
+def settled(said: Forecast, resident: int, products: int, peak: int) -> Forecast:
+    """A forecast after a trial of some micro-batches in this very process.
+
+    resident: what was there once the trial's model and tensors were gone: code, rows, compiled products.
+    products: what those of sizes still to come will take.
+    peak:     of the trial, which had neither moments nor copies for a checkpoint; no training has less.
+    """
+    found = replace(said, process=resident, rows=0, products=products)
+    missing = peak + said.optimiser + said.checkpoint - found.total
+    return replace(found, slack=found.slack + max(0, missing))
 
 
 def weights_bytes(shape: Shape) -> int:
@@ -257,7 +301,7 @@ def weights_bytes(shape: Shape) -> int:
     if not shape.mapped:
         return plain
     return plain + shape.layers * shape.weight_bytes * sum(
-        stack.inputs * stack.outputs for stack in shape.stacks[:3:2]
+        stack.inputs * stack.outputs for stack in shape.stacks if stack.joined
     )
 
 

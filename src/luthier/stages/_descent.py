@@ -106,7 +106,7 @@ def descend(work: Work, progress: Progress, saver: Saver) -> None:
 
     def pause() -> None:
         progress.seconds = time.monotonic() - began
-        progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory.peak_rss_bytes())
+        _note_peak(progress)
         _note_save(progress, saver, wait=False)
         looked = _look(work, progress)
         if looked:
@@ -133,6 +133,11 @@ def descend(work: Work, progress: Progress, saver: Saver) -> None:
     except loop.Asked:
         pause()
     progress.seconds = time.monotonic() - began
+    _note_peak(progress)
+
+
+def _note_peak(progress: Progress) -> None:
+    progress.peak_rss_bytes = max(progress.peak_rss_bytes, memory.peak_rss_bytes())
 
 
 def resume(work: Work) -> Progress:
@@ -207,6 +212,7 @@ def _look(work: Work, progress: Progress) -> bool:
     if not work.held_out or not due or progress.looked >= step:
         return True
     began = time.monotonic()
+    memory.trim()  # a look and a step touch other pages of the heap; neither need hold the other's
     try:
         told = work.rollouts.look() if work.rollouts else _seen(work)
     except loop.Asked:
@@ -222,6 +228,7 @@ def _look(work: Work, progress: Progress) -> bool:
         progress.best, progress.best_loss, progress.misses, progress.best_weights = step, loss, 0, weights
     else:
         progress.misses += 1
+    memory.trim()
     facts = {f"validation_{name}": value for name, value in told.items()}
     work.tell(Event("train", f"held-out loss {loss:.4f}", step, work.settings.steps, facts))
     return True

@@ -38,7 +38,8 @@ class Work:
 def how(device: Device | None, compiled: bool) -> How:
     if device is None:
         return How(compiled=compiled)
-    return How(compiled=True, process_bytes=CONTEXT_BYTES, fragmentation=0.05, products=False)
+    apart = {"fragmentation": 0.05, "spread_bytes": 0, "slack": 0.02}  # assumed, not measured
+    return How(compiled=True, process_bytes=CONTEXT_BYTES, here=False, **apart)
 
 
 def moved(work: Work, device: Device) -> Work:

@@ -4,7 +4,7 @@ Decisions (processes, threads of each, number type, tokens in a micro-batch, wha
 `plan.json`; they follow from the recipe, the rows, the base and the kind of machine, so they are the same
 each time and may key the training. Predictions (bytes by kind, minutes, money, energy) come from closed forms
 (`forecast.footprint`, `forecast.flops`) over the micro-batches that will really come, and from a few of them
-on the real model (`forecast.pace`); with all that was measured they go to `observed/`.
+on the real model (`stages._trial`); with all that was measured they go to `observed/`.
 
 Training on this machine will not start from a plan for a device of the table (`stages._elsewhere`). It does
 not know what else will run meanwhile.
@@ -13,8 +13,6 @@ not know what else will run meanwhile.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +22,18 @@ import torch
 from luthier import artifacts, template
 from luthier.devices import DEVICES, Device
 from luthier.engine import base as bases
-from luthier.engine import batch, fused, head, memory, native
+from luthier.engine import batch, native
 from luthier.errors import DataError, PlanError
 from luthier.forecast import fit, flops, footprint, host, layout, pace
 from luthier.forecast.footprint import Checkpointing
-from luthier.objectives import Batch
 from luthier.rows import again
-from luthier.stages import Event, Inputs, _rollouts, _sampling
+from luthier.stages import Event, Inputs, _rollouts, _sampling, _trial
 from luthier.stages._elsewhere import DEVICE_TOKENS, Work, elsewhere, elsewhere_s, how, looks
 from luthier.stages._offers import Kinds, too_big
 from luthier.template import Encoded
 
 MICRO_TOKENS = 2048  # more does not train faster on a CPU: its matrix units are busy long before
 FREE_SHARE = 0.85  # of free memory, when the recipe sets no budget
-TIMED = 3  # micro-batches of the first steps: the smallest, the middle and the largest
 
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
@@ -64,9 +60,9 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         "threads": threads, "dtype": dtype, "compiled": work.need.how.compiled, "device": budget.device,
         "warnings": _warnings(phase, work),
     } | (_sampling.decisions(phase, inputs) if sampled else {})  # fmt: skip
-    total = _operations(work, chosen)
+    total, foreseen = _operations(work, chosen), chosen.forecast
     if device is None:
-        timing = _timed(phase, inputs, work, chosen)
+        timing, foreseen = _tried(phase, inputs, work, chosen)
         minutes = timing.pop("minutes") / processes  # as if none were in another's way
         if sampled:
             timing["sampling_minutes"] = round(_sampling.minutes(phase, inputs, work), 6)
@@ -74,13 +70,17 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     else:
         timing, minutes = {}, elsewhere_s(device, phase, work, chosen) / 60
     _refuse_if_slow(budget, work, minutes)
+    if processes * foreseen.total > allowed:
+        said = f"{processes * foreseen.total / 1e9:.2f} GB after a trial; {allowed / 1e9:.2f} are allowed"
+        inputs.tell(Event("plan", f"memory may not suffice: {said}"))
     artifacts.write_json(out / "plan.json", decisions)
     predicted = {
-        "peak_gb": round(processes * chosen.forecast.total / 1e9, 3),
+        "peak_gb": round(processes * foreseen.total / 1e9, 3),
+        "closed_peak_gb": round(processes * chosen.forecast.total / 1e9, 3),  # what the choice was made by
         "minutes": round(minutes, 6),
         **_cost(budget, device, minutes),
-        "bytes": {name: processes * size for name, size in chosen.forecast.as_dict().items()},
-        "bits_per_parameter": chosen.forecast.bits(work.need.shape.parameters),
+        "bytes": {name: processes * size for name, size in foreseen.as_dict().items()},
+        "bits_per_parameter": foreseen.bits(work.need.shape.parameters),
         "operations": total,
         "tokens_per_s": round(work.tokens / (60 * minutes), 1) if minutes else 0.0,
         **({"sampling_bytes": work.need.how.sampling_bytes} if sampled else {}),
@@ -230,16 +230,17 @@ def _operations(work: Work, chosen: fit.Choice) -> dict[str, int]:
     return flops.summed(flops.training(shape, at, chosen.checkpointing) for at in chosen.layouts).as_dict()
 
 
-def _timed(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> dict[str, Any]:
-    """Minutes on this machine, from a few real micro-batches, and how far packing is from plain."""
-    inputs.tell(Event("plan", "timing a few real micro-batches"))
+def _tried(
+    phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice
+) -> tuple[dict[str, Any], footprint.Forecast]:
+    """Minutes and bytes on this machine, from a few real micro-batches; how far packing is from plain."""
+    inputs.tell(Event("plan", "trying a few real micro-batches"))
     shape, kind = work.need.shape, chosen.checkpointing
     held_out = layout.step(work.need.validation, chosen.micro_tokens)
     training = [flops.training(shape, at, kind).total for at in chosen.layouts]
     validation = [flops.validation(shape, at).total for at in held_out]
-    timed, looked, gap = _probe(phase, inputs, work, chosen)
-    memory.release()
-    descent, look = pace.fit(timed), pace.fit(looked)
+    trial = _trial.run(phase, inputs, work, chosen)
+    descent, look = pace.fit(trial.timed), pace.fit([trial.looked])
     seconds = descent.seconds(training) + looks(work, phase) * look.seconds(validation)
     if "reference" in phase.objective.module.NEEDS:  # which is asked once of every row
         rows = batch.flat(work.loader.rows.values())
@@ -247,74 +248,13 @@ def _timed(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> dict[s
         seconds += look.seconds(flops.validation(shape, at).total for at in asked)
     return {
         "minutes": seconds / 60,
-        "packing_gap": gap,
+        "packing_gap": trial.gap,
         "pace": {
             "micro_batch_s": round(descent.call_s, 5),
             "operations_per_s": round(1 / descent.operation_s),
         },
-        "timed": [{"operations": count, "seconds": round(each, 5)} for count, each in timed],
-    }
-
-
-Timed = Sequence[tuple[float, float]]  # (operations, seconds)
-
-
-def _probe(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> tuple[Timed, Timed, float]:
-    """Times of training and of validation on the real model, and how far packing is from plain."""
-    shape, need = work.need.shape, work.need
-    dtype = "bfloat16" if shape.weight_bytes == 2 else "float32"
-    model = bases.load(inputs.artefacts["model"] / "base", dtype)
-    first = need.steps[0]
-    gap = bases.prove(model, sorted(first, key=lambda row: len(row.ids))[:: max(1, len(first) - 1)][:2])
-    model = phase.method.module.attach(model, phase.method.params, inputs.seed)
-    formulas = native.kernels(need.how.compiled)
-    memory.hold()
-    fused.fuse(model, formulas, chosen.checkpointing.value)
-    micros = _few([rows for step in need.steps[:TIMED] for rows in _members(step, chosen.micro_tokens)])
-    made = [(_taught(batch.collate(rows), phase.objective), layout.of(rows)) for rows in micros]
-    params = phase.objective.params
-
-    def descend(micro: Batch) -> None:
-        logp_N = head.batch_logps(model, micro, head.TILE, formulas)
-        phase.objective.module.loss(logp_N, micro.reference_N, micro, params).total.backward()
-
-    model.train()
-    descend(made[0][0])  # warms caches up and makes the gradients' memory; the smallest will do
-    timed = [
-        (flops.training(shape, at, chosen.checkpointing).total, _seconds(descend, micro))
-        for micro, at in made
-    ]
-    model.eval()
-    with torch.no_grad():
-        micro, at = made[len(made) // 2]
-        looked = _seconds(lambda micro: head.batch_logps(model, micro, head.TILE, formulas), micro)
-    return timed, [(flops.validation(shape, at).total, looked)], gap
-
-
-def _taught(micro: Batch, objective: Any) -> Batch:
-    """With what an objective reads beside the tokens: an answer as good as any, a reference of no opinion."""
-    if "reference" in objective.module.NEEDS:
-        micro = replace(micro, reference_N=torch.zeros(len(micro.targets_N)))
-    if "rollouts" not in objective.module.NEEDS:
-        return micro
-    return replace(micro, advantages_D=torch.ones(len(micro.lengths_D)))
-
-
-def _members(rows: Sequence[Encoded], budget: int) -> list[list[Encoded]]:
-    return [[rows[row] for row in members] for members in batch.bins(rows, budget)]
-
-
-def _few(micros: Sequence[list[Encoded]]) -> list[list[Encoded]]:
-    """The smallest, the middle and the largest, of those with something to learn."""
-    learnt = [rows for rows in micros if any(any(row.mask[1:]) for row in rows)] or list(micros)
-    ordered = sorted(learnt, key=lambda rows: sum(len(row.ids) for row in rows))
-    return [ordered[at] for at in sorted({0, len(ordered) // 2, len(ordered) - 1})]
-
-
-def _seconds(work: Any, micro: Batch) -> float:
-    began = time.perf_counter()
-    work(micro)
-    return time.perf_counter() - began
+        "timed": [{"operations": count, "seconds": round(each, 5)} for count, each in trial.timed],
+    }, trial.settled(work, chosen)
 
 
 def _warnings(phase: Any, work: Work) -> list[str]:
