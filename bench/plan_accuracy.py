@@ -6,7 +6,7 @@ Every configuration is a random-weight model, rows of random words and a recipe,
 plan and train in a fresh process; `--guard HOME` adds `examples/guard.yaml`'s real base, in that home. Peaks
 are the kernel's (`VmHWM`) of the train stage. The result is written after every run, and what is in it
 already is not run again. `FITTING` holds the configurations that the constants of `forecast/footprint.py`
-were set on; `HELD_OUT` shares none of them.
+were set on; `HELD_OUT` shares none of them. Memory's peak is reached in a few steps, so they are short.
 
 Times mean something on a quiet machine alone; memory does not care.
 """
@@ -61,52 +61,47 @@ class Config:
     family: str = "llama"
     checkpointing: str | None = None
     system: str | None = None
+    objective: str = "sft"
 
 
 FITTING = (
-    Config("fit-guard", 30, 576, 9, 3, 1536, 49152, (20, 120), 16, 24),
-    Config("fit-chat", 30, 576, 9, 3, 1536, 49152, (100, 500), 6, 22),
-    Config("fit-wide", 6, 1024, 16, 4, 4096, 32000, (300, 900), 2, 22),
-    Config("fit-float", 12, 512, 8, 8, 1408, 32000, (60, 250), 8, 24, dtype="float32"),
+    Config("fit-guard", 30, 576, 9, 3, 1536, 49152, (20, 120), 16, 8),
+    Config("fit-chat", 30, 576, 9, 3, 1536, 49152, (100, 500), 6, 8),
+    Config("fit-wide", 6, 1024, 16, 4, 4096, 32000, (300, 900), 2, 14),
+    Config("fit-float", 12, 512, 8, 8, 1408, 32000, (60, 250), 8, 10, dtype="float32"),
     Config("fit-rank", 24, 320, 5, 5, 960, 16384, (30, 200), 8, 24, r=64),
-    Config("fit-long", 12, 512, 8, 2, 1408, 32000, (900, 1500), 2, 22, answer=200),
-    Config("fit-head", 8, 512, 8, 2, 1408, 151936, (50, 200), 8, 24, answer=60),
-    Config("fit-tiny", 4, 128, 4, 2, 384, 4096, (20, 200), 8, 40),
+    Config("fit-long", 12, 512, 8, 2, 1408, 32000, (900, 1500), 2, 12, answer=200),
+    Config("fit-head", 8, 512, 8, 2, 1408, 151936, (50, 200), 8, 16, answer=60),
+    Config("fit-tiny", 4, 128, 4, 2, 384, 4096, (20, 200), 8, 60),
+    Config("fit-many", 10, 576, 9, 3, 1536, 8192, (5, 60), 16, 60),
+    Config("fit-full", 16, 512, 8, 4, 1536, 32000, (100, 400), 4, 14, checkpointing="full"),
 )
 HELD_OUT = (
-    Config("smol-short", 30, 576, 9, 3, 1536, 49152, (30, 90), 12, 32, r=8),
-    Config("smol-middle", 30, 576, 9, 3, 1536, 49152, (150, 350), 5, 28, answer=40),
-    Config("smol-long", 30, 576, 9, 3, 1536, 49152, (500, 1000), 2, 26, r=32),
-    Config("smol-qv", 30, 576, 9, 3, 1536, 49152, (40, 200), 8, 28, targets=("q_proj", "v_proj")),
-    Config("smol-float", 30, 576, 9, 3, 1536, 49152, (40, 140), 8, 26, dtype="float32"),
-    Config("deep-narrow", 40, 256, 4, 2, 704, 8192, (50, 300), 8, 40),
-    Config("shallow-wide", 4, 1280, 20, 5, 5120, 32000, (100, 600), 4, 30, r=4),
-    Config("qwen-like", 14, 448, 7, 1, 2432, 151936, (60, 260), 6, 30),
-    Config("qwen-norms", 16, 512, 8, 4, 1536, 65536, (80, 400), 6, 30, family="qwen3"),
-    Config("long-rows", 10, 448, 7, 7, 1216, 32000, (1200, 1900), 1, 26, answer=100),
-    Config("very-long", 8, 384, 6, 2, 1024, 32000, (2200, 3000), 1, 24),
-    Config("much-learnt", 16, 384, 6, 3, 1024, 49152, (50, 150), 6, 40, answer=250),
-    Config("high-rank", 12, 640, 10, 5, 1728, 32000, (60, 300), 6, 30, r=128),
-    Config("float-long", 8, 640, 10, 2, 1728, 24000, (400, 800), 2, 26, dtype="float32", r=8),
-    Config("shared-start", 16, 448, 7, 7, 1216, 32000, (20, 120), 16, 30, system="Answer at once. " * 12),
-    Config("mini", 6, 192, 3, 3, 512, 8192, (20, 120), 8, 60),
-    Config(
-        "mlp-only",
-        16,
-        512,
-        8,
-        8,
-        1408,
-        32000,
-        (50, 250),
-        8,
-        30,
-        targets=("gate_proj", "up_proj", "down_proj"),
-    ),
-    Config("smol-selective", 30, 576, 9, 3, 1536, 49152, (100, 400), 4, 24, checkpointing="selective"),
-    Config("smol-full", 30, 576, 9, 3, 1536, 49152, (100, 400), 4, 24, checkpointing="full"),
-    Config("wide-full", 8, 960, 15, 5, 3072, 32000, (200, 700), 3, 26, checkpointing="full"),
-)
+    Config("smol-middle", 30, 576, 9, 3, 1536, 49152, (150, 350), 4, 8, answer=40),
+    Config("smol-qv", 30, 576, 9, 3, 1536, 49152, (20, 90), 8, 16, targets=("q_proj", "v_proj")),
+    Config("smol-float", 30, 576, 9, 3, 1536, 49152, (30, 90), 6, 8, dtype="float32"),
+    Config("smol-selective", 30, 576, 9, 3, 1536, 49152, (100, 400), 3, 8, checkpointing="selective"),
+    Config("smol-full", 30, 576, 9, 3, 1536, 49152, (100, 400), 3, 8, checkpointing="full"),
+    Config("smol-pairs", 30, 576, 9, 3, 1536, 49152, (30, 120), 4, 8, answer=50, objective="dpo", r=8),
+    Config("deep-narrow", 40, 256, 4, 2, 704, 8192, (50, 300), 6, 24),
+    Config("shallow-wide", 4, 1280, 20, 5, 5120, 32000, (100, 600), 3, 12, r=4),
+    Config("qwen-like", 14, 448, 7, 1, 2432, 151936, (60, 260), 6, 12),
+    Config("qwen-norms", 16, 512, 8, 4, 1536, 65536, (80, 400), 5, 12, family="qwen3"),
+    Config("gemma-like", 10, 384, 4, 2, 1536, 98304, (60, 260), 6, 14, family="gemma3", answer=20),
+    Config("phi-like", 12, 512, 8, 4, 1536, 32064, (100, 400), 4, 16, family="phi3"),
+    Config("mistral-pairs", 12, 448, 7, 7, 1216, 32000, (60, 200), 4, 16, family="mistral", answer=40,
+           objective="dpo"),
+    Config("long-rows", 10, 448, 7, 7, 1216, 32000, (1200, 1900), 1, 14, answer=100),
+    Config("very-long", 8, 384, 6, 2, 1024, 32000, (2200, 3000), 1, 12),
+    Config("much-learnt", 16, 384, 6, 3, 1024, 49152, (50, 150), 6, 16, answer=250),
+    Config("high-rank", 12, 640, 10, 5, 1728, 32000, (60, 300), 6, 14, r=128),
+    Config("float-long", 8, 640, 10, 2, 1728, 24000, (400, 800), 2, 12, dtype="float32", r=8),
+    Config("shared-start", 16, 448, 7, 7, 1216, 32000, (20, 120), 12, 16, system="Answer at once. " * 12),
+    Config("mini", 6, 192, 3, 3, 512, 8192, (20, 120), 8, 80),
+    Config("small-steps", 16, 384, 6, 2, 1024, 16384, (5, 80), 6, 120, r=8),
+    Config("mlp-only", 12, 512, 8, 8, 1408, 32000, (50, 250), 8, 14,
+           targets=("gate_proj", "up_proj", "down_proj")),
+)  # fmt: skip
 SETS = {"held-out": HELD_OUT, "fitting": FITTING}
 GUARDS = {
     "guard-8": {"train.0.steps": 30, "train.0.method.r": 8},
@@ -251,7 +246,10 @@ def write(config: Config, place: Path, threads: int) -> Path:
             for _ in range(count):
                 text = "".join(draw.choices("abcdefghij ", k=draw.randint(*config.lengths)))
                 answer = "".join(draw.choices("abcdefghij", k=config.answer))
-                file.write(json.dumps({"prompt": text, "completion": answer}) + "\n")
+                row = {"prompt": text, "completion": answer}
+                if config.objective == "dpo":
+                    row["rejected"] = "".join(draw.choices("abcdefghij", k=config.answer))
+                file.write(json.dumps(row) + "\n")
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     recipe = {
         "luthier": 1,
@@ -261,7 +259,11 @@ def write(config: Config, place: Path, threads: int) -> Path:
                 {
                     "from": {"name": "files", "files": {split: f"{split}.jsonl" for split in SPLITS}},
                     "licence": "CC0-1.0", "purpose": "measure the plan",
-                    "chat": {"system": config.system},
+                    "chat": {"system": config.system} | (
+                        {"user": "{prompt}", "assistant": "{completion}", "rejected": "{rejected}"}
+                        if config.objective == "dpo"
+                        else {}
+                    ),
                 }
             ],
         },
@@ -272,6 +274,7 @@ def write(config: Config, place: Path, threads: int) -> Path:
         "plan": {"max_length": 4096, "threads": threads, "checkpointing": config.checkpointing},
         "train": [
             {
+                "objective": {"name": config.objective},
                 "method": {"name": "lora", "r": config.r, "alpha": 16, "targets": targets},
                 "steps": config.steps, "batch": config.batch, "lr": 1e-4,
                 "validation": {"every": 1000, "rows": 8},
@@ -297,7 +300,15 @@ def model(config: Config, folder: Path) -> None:
 def _model(name: str, folder: str) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        Phi3Config,
+        PreTrainedTokenizerFast,
+        Qwen3Config,
+    )
 
     config = next(each for each in (*HELD_OUT, *FITTING) if each.name == name)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -311,7 +322,11 @@ def _model(name: str, folder: str) -> None:
     tokenizer.chat_template = CHATML
     tokenizer.model_max_length = 8192
     torch.manual_seed(0)
-    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[config.family]
+    kinds: dict[str, Any] = {
+        "llama": LlamaConfig, "qwen3": Qwen3Config, "mistral": MistralConfig, "gemma3": Gemma3TextConfig,
+        "phi3": Phi3Config,
+    }  # fmt: skip
+    kind = kinds[config.family]
     made = kind(
         vocab_size=config.vocabulary, hidden_size=config.width, intermediate_size=config.inner,
         num_hidden_layers=config.layers, num_attention_heads=config.heads,

@@ -38,8 +38,9 @@ class Work:
 def how(device: Device | None, compiled: bool) -> How:
     if device is None:
         return How(compiled=compiled)
-    apart = {"fragmentation": 0.05, "spread_bytes": 0, "slack": 0.02}  # assumed, not measured
-    return How(compiled=True, process_bytes=CONTEXT_BYTES, here=False, **apart)
+    return How(  # shares are assumed, not measured
+        compiled=True, process_bytes=CONTEXT_BYTES, here=False, fragmentation=0.05, spread_bytes=0, slack=0.02
+    )  # fmt: skip
 
 
 def moved(work: Work, device: Device) -> Work:

@@ -83,7 +83,7 @@ def _micros(
     memory.release()
     told = memory.forget_peak()
     descend(made[0][0])  # warms caches up and makes the gradients' memory; the smallest will do
-    timed = [
+    timed: list[Timed] = [
         (flops.training(shape, at, chosen.checkpointing).total, _seconds(descend, micro))
         for micro, at in made
     ]
@@ -122,7 +122,7 @@ def _tokens(rows: Sequence[Encoded]) -> int:
     return sum(len(row.ids) for row in rows)
 
 
-def _seconds(work: Callable[[Batch], None], micro: Batch) -> float:
+def _seconds(work: Callable[[Batch], object], micro: Batch) -> float:
     began = time.perf_counter()
     work(micro)
     return time.perf_counter() - began
