@@ -1,18 +1,20 @@
 """Ten times too much for a minute: what becomes of those let in, of those refused, and of the server.
 
-    python bench/overload.py RESULT.json --base FOLDER [--seconds 60] [--factor 10] [--tokens 64]
+    python bench/overload.py RESULT.json --base FOLDER [--seconds 60] [--normal 0.7] [--factor 10]
 
 Starts `luthier serve` over the base on loopback, then, each request a stream with a prompt of its own:
 
     capacity   as many clients as answers grow at once, each asking again when answered: requests a second
     normal     requests arrive by a Poisson process at `--normal` times that rate, answered or not
     overload   the same at `--factor` times that rate
-    recovery   one request after another until one is as quick as normal ones are
+    recovery   from the end of the overload's last arrival on, one request after another until one is let in
+               and is as quick as 99 of 100 normal ones are
 
-The result has the phases' first-token times, what refused requests got and after how long, the memory of the
-server and its engine before, at most and after, and the seconds to recovery. Load and server share the
-machine, so the load's own lateness is told beside its figures. Bounded: `MOST` requests, `LIMIT_S` each; no
-address but loopback. It does not judge: the thresholds belong to whoever reads the result.
+The result has the phases' first-token times, what refused requests got and after how long, the memory of
+the server and of its engine at the start and end of each phase, and the processor time that server, engine
+and load took in it. Load and server share the machine, so the load is one process on bare sockets, and its
+own lateness is told beside its figures. Bounded: `MOST` requests, `LIMIT_S` each; no address but loopback.
+It does not judge: the thresholds belong to whoever reads the result.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,7 +47,8 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--normal", type=float, default=1.0)
+    parser.add_argument("--normal-seconds", type=float, default=None, help="default: as long as the overload")
+    parser.add_argument("--normal", type=float, default=0.7)
     parser.add_argument("--factor", type=float, default=10.0)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -61,8 +65,9 @@ def main() -> None:
             process.terminate()
             process.wait(60)
     settings = {name: value for name, value in vars(asked).items() if name not in ("result", "base")}
-    keep(asked.result, {"settings": settings | {"base": asked.base.name}, "machine": machine(), **found})
-    print(json.dumps({name: found[name] for name in ("normal", "overload", "recovery_s")}, indent=1))
+    settings |= {"model": job["model"]}
+    keep(asked.result, {"settings": settings, "machine": machine(), **found})
+    print(json.dumps(found, indent=1))
 
 
 def start(base: Path, scratch: Path, threads: int) -> subprocess.Popen[str]:
@@ -77,34 +82,55 @@ def start(base: Path, scratch: Path, threads: int) -> subprocess.Popen[str]:
 
 async def phases(job: Job, asked: argparse.Namespace, pid: int) -> dict[str, Any]:
     await ask(job, "warm up", 8)
-    await capacity(job, asked.tokens, 5.0)  # what is made ready at the first use is made ready here
-    rate = await capacity(job, asked.tokens, min(20.0, asked.seconds))
+    await capacity(job, asked.tokens, 3.0)  # what is made ready at the first use is made ready here
+    rate = await capacity(job, asked.tokens, min(15.0, asked.seconds))
     if rate * asked.factor * asked.seconds > MOST:
         raise SystemExit(f"{rate:.1f} answers a second are too many for {MOST} requests: raise --tokens")
-    normal = summary(await arrive(job, rate * asked.normal, asked.seconds, asked.tokens))
     await quiet(job)
-    before = rss_bytes(pid)
-    most = 0
-
-    async def watch() -> None:
-        nonlocal most
-        while True:
-            most = max(most, rss_bytes(pid))
-            await asyncio.sleep(0.5)
-
-    watching = asyncio.create_task(watch())
+    spans = [Span.now(pid)]
+    normal = await arrive(job, rate * asked.normal, asked.normal_seconds or asked.seconds, asked.tokens)
+    spans.append(Span.now(pid))
+    await quiet(job)
+    first_p99_s = spread(firsts(normal))["p99"]
+    spans.append(Span.now(pid))
     sent = time.perf_counter()
     requests = asyncio.create_task(arrive(job, rate * asked.factor, asked.seconds, asked.tokens))
     await asyncio.sleep(max(0.0, sent + asked.seconds - time.perf_counter()))
-    recovery_s = await recovery(job, normal["first_s"]["p99"])
-    overload = summary(await requests)
-    watching.cancel()
+    spans.append(Span.now(pid))
+    recovery_s = await recovery(job, first_p99_s)
+    overload = await requests
     await quiet(job)
     return {
-        "capacity_per_s": round(rate, 3), "normal": normal, "overload": overload, "recovery_s": recovery_s,
-        "first_p99_ratio": ratio(overload["first_s"]["p99"], normal["first_s"]["p99"]),
-        "rss_bytes": {"before": before, "most": most, "after": rss_bytes(pid)},
-    }  # fmt: skip
+        "capacity_per_s": round(rate, 3),
+        "normal": summary(normal) | spans[0].until(spans[1]),
+        "overload": summary(overload) | spans[2].until(spans[3]),
+        "recovery_s": recovery_s,
+        "first_p99_ratio": ratio(spread(firsts(overload))["p99"], first_p99_s),
+        "rss_bytes_after": Span.now(pid).rss_bytes,
+    }
+
+
+@dataclass(frozen=True)
+class Span:
+    """A moment: memory, and processor seconds so far, of server, engine and load."""
+
+    at_s: float
+    rss_bytes: dict[str, int]
+    cpu_s: dict[str, float]
+
+    @classmethod
+    def now(cls, pid: int) -> Span:
+        places = {"server": pid, "engine": children(pid)[0], "load": os.getpid()}
+        memory = {name: rss_bytes(place) for name, place in places.items() if name != "load"}
+        return cls(time.perf_counter(), memory, {name: cpu_s(place) for name, place in places.items()})
+
+    def until(self, end: Span) -> dict[str, Any]:
+        seconds = end.at_s - self.at_s
+        shares = {name: round((end.cpu_s[name] - was) / seconds, 4) for name, was in self.cpu_s.items()}
+        return {
+            "seconds": round(seconds, 2), "cores_used": shares,
+            "rss_bytes": {"start": self.rss_bytes, "end": end.rss_bytes},
+        }  # fmt: skip
 
 
 async def capacity(job: Job, tokens: int, seconds: float) -> float:
@@ -116,6 +142,8 @@ async def capacity(job: Job, tokens: int, seconds: float) -> float:
         while time.perf_counter() - began < seconds:
             found = await ask(job, prompt(), tokens)
             done += found["status"] == 200  # never across an await: others count meanwhile
+            if found["status"] != 200:
+                await asyncio.sleep(0.05)
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
     return done / (time.perf_counter() - began)
@@ -191,6 +219,8 @@ async def _ask(job: Job, said: str, tokens: int, path: str, found: dict[str, Any
         while line := (await reader.readline()).strip().lower():
             if line.startswith(b"retry-after:"):
                 found["retry_after"] = line.split(b":")[1].strip().decode()
+        if found["status"] != 200:
+            return
         async for line in reader:
             if not tokens:
                 found["text"] += line.decode()
@@ -214,6 +244,12 @@ def _hear(data: bytes, found: dict[str, Any], began: float) -> None:
         found["text"] += text or ""
 
 
+def firsts(requests: list[dict[str, Any]]) -> list[float]:
+    """Seconds to the first token of those that were answered to their end."""
+    whole = [found for found in requests if found["status"] == 200 and found["ended"]]
+    return [found["first_s"] for found in whole if found["first_s"] is not None]
+
+
 def summary(requests: list[dict[str, Any]]) -> dict[str, Any]:
     accepted = [found for found in requests if found["status"] == 200 and found["ended"]]
     refused = [found for found in requests if found["status"] == 429]
@@ -221,12 +257,14 @@ def summary(requests: list[dict[str, Any]]) -> dict[str, Any]:
     for found in requests:
         name = str(found["status"]) if "failed" not in found else found["failed"].split(":")[0]
         statuses[name] = statuses.get(name, 0) + 1
+    waits = [int(found["retry_after"]) for found in refused if found["retry_after"] is not None]
     return {
         "requests": len(requests), "statuses": statuses,
-        "first_s": spread([found["first_s"] for found in accepted if found["first_s"] is not None]),
+        "first_s": spread(firsts(requests)),
         "total_s": spread([found["total_s"] for found in accepted]),
         "refused_s": spread([found["total_s"] for found in refused]),
-        "refused_without_retry_after": sum(found["retry_after"] is None for found in refused),
+        "refused_without_retry_after": len(refused) - len(waits),
+        "retry_after_s": {"least": min(waits, default=None), "most": max(waits, default=None)},
         "load_late_s": spread([found["late_s"] for found in requests]),
     }  # fmt: skip
 
@@ -245,14 +283,19 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 
 def rss_bytes(pid: int) -> int:
-    """The memory of a process and its children now."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    children = [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in task.read_text().split()
-    ]
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(rss_bytes, children))
+    """The memory of a process now."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds of a process so far, by its `utime` and `stime` (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -20,7 +22,7 @@ LONG = 1900
 
 @pytest.fixture(scope="module")
 def service(world: World) -> Iterator[Service]:
-    with Service(world.store, world.home, Limits(active=1, waiting=6)) as service:
+    with Service(world.store, world.home, Limits(active=1, waiting=6, first_s=math.inf)) as service:
         service.warm()
         yield service
 
@@ -166,3 +168,65 @@ def test_what_one_tenant_asked_is_not_found_by_another(service: Service) -> None
 
     assert found("one") == 0 and found("one") > 4
     assert found("another") == 0 and found("another") > 4
+
+
+@dataclass(frozen=True)
+class Rush:
+    """Two places, both taken for long by a flood that was refused once; hardly any time for a first token."""
+
+    service: Service
+    short: Ask
+    waited: queue.Queue[Event]
+    unplugs: list[Callable[[], None]]
+
+
+@pytest.fixture
+def rush(world: World) -> Iterator[Rush]:
+    with Service(world.store, world.home, Limits(active=2, waiting=1, first_s=0.001)) as service:
+        service.warm()
+        long, short = ask(service, LONG), ask(service, 4)
+        for _ in range(3):  # what an answer takes is known from here on
+            assert isinstance(last(submit(service, short, "flood")[0]), End)
+        plugs = []
+        for _ in range(2):
+            events, unplug = submit(service, long, "flood")
+            events.get(timeout=30)
+            plugs.append(unplug)
+        waited, _ = submit(service, short, "flood")
+        with pytest.raises(Busy):
+            submit(service, short, "flood")
+        yield Rush(service, short, waited, plugs)
+        for unplug in plugs:
+            unplug()
+
+
+def test_in_a_rush_who_waits_too_long_is_refused_and_who_would_is_not_let_in(rush: Rush) -> None:
+    failed = last(rush.waited)
+    assert isinstance(failed, Failed) and isinstance(failed.error, Busy)
+    assert rush.service.worker.counts().waiting == 0
+    with pytest.raises(Busy) as refusal:
+        rush.service.worker.require_room(Turn("flood"))
+    assert 1 <= refusal.value.retry_after_s <= 60
+    for unplug in rush.unplugs:
+        unplug()
+    assert isinstance(last(submit(rush.service, rush.short, "flood")[0]), End)
+
+
+def test_in_a_rush_a_tenant_with_less_than_its_share_waits_for_its_place(rush: Rush) -> None:
+    assert isinstance(last(rush.waited), Failed)
+    guest, _ = submit(rush.service, rush.short, "guest")
+    with pytest.raises(Busy):
+        submit(rush.service, rush.short, "guest")
+    rush.unplugs[0]()
+    assert isinstance(last(guest), End)
+
+
+def test_a_request_of_many_answers_comes_in_whole(rush: Rush) -> None:
+    assert isinstance(last(rush.waited), Failed)
+    rush.unplugs[0]()
+    first, _ = submit(rush.service, rush.short, "flood")
+    more = [queue.Queue[Event]() for _ in range(20)]
+    for events in more:
+        rush.service.submit(rush.short, events.put, Turn("flood", more=True))
+    rush.unplugs[1]()
+    assert all(isinstance(last(events), End) for events in (first, *more))

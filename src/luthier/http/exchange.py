@@ -123,8 +123,9 @@ class Exchange:
             return hear
 
         self._watcher = asyncio.create_task(self._watch())
+        turn = replace(self.turn, more=len(asks) * n > 1)  # that there is room for all was just found
         for ask in (_again(ask, copy) for ask in asks for copy in range(n)):
-            self._cancels.append(service.traffic.start(self.route, ask, sink(self.open), self.turn, again))
+            self._cancels.append(service.traffic.start(self.route, ask, sink(self.open), turn, again))
             self.open += 1
         self.prompt_tokens = sum(len(ask.prompt_ids) for ask in asks)  # of what is refused, none is charged
 

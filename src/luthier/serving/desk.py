@@ -7,6 +7,16 @@ place of the latest request of the tenant that waits most often (longest queue d
 1998), so one tenant's flood is answered with 429 and no other tenant is. A `low` request starts only where
 no other waits, and is dropped for the first that comes.
 
+A queue that fills up in a burst and drains again does no harm; one that stands makes everybody late. So when
+half the queue is full, until `RUSH_S` after the last refusal or until nothing is left to do, waiting is
+bounded by time: a newcomer is let in only if its first token can be expected (`serving.pace`) within
+`Limits.first_s`, or within `PATIENCE` times what reading its prompt alone takes, whichever is more, and who
+has waited that long without a place is refused after all ("Fail at Scale", Maurer, ACM Queue 2015). A tenant
+with less than its share of the places may even then have one request wait for its next place, however long
+that is.
+
+Prompts are handed over in the order of their turns, so many at a time as can be read in `READING_S`.
+
 It stands in front of any engine: a thread or a process. It does not know HTTP, keys or releases.
 """
 
@@ -17,26 +27,33 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 from luthier.errors import LuthierError, ServeError
 from luthier.serving.limits import Counts, Limits, busy
+from luthier.serving.pace import Pace, Running
 from luthier.serving.router import Target
 from luthier.serving.worker import Ask, End, Event, Failed, Said, Sink
 
 WRITTEN = 2.0  # what a written token costs beside a read one
 QUEUE = 4096  # the desk bounds the queue; the engine's own behind it only has to be no narrower
+RUSH_S = 2.0
+PATIENCE = 4.0  # of a prompt's own reading time: a slow model may let wait longer
+READING_S = 0.3
+LOOK_S = 0.05  # between two looks for requests that have waited too long
 TENANTS = 10_000  # counters kept; the least served of the idle are forgotten beyond
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Whose request it is. A `low` one waits for idle room and gives way to any other."""
+    """Whose request it is. A `low` one waits for idle room and gives way to any other. `more`: one of many
+    answers of a request for all of which room was found, so that they come in together."""
 
     tenant: str = "local"
     low: bool = False
+    more: bool = False
 
 
 class Dropped(ServeError):
@@ -63,7 +80,11 @@ class _Line:
     turn: Turn
     cancelled: bool = False
     stop: Callable[[], None] | None = None  # cancels it in the engine, once it is there
-    began_s: float = field(default_factory=time.monotonic)
+    until_s: float = math.inf  # when it has waited too long
+    handed_s: float = 0.0
+    heard_s: float = 0.0  # when it was last heard of; 0: its prompt is being read
+    before: int = 0  # prompt tokens to be read until its first word, when it was handed over
+    said: int = 0
 
 
 class Desk:
@@ -78,7 +99,8 @@ class Desk:
         self._running: list[_Line] = []
         self._served: dict[str, float] = {}
         self._closing = False
-        self._mean_s = 1.0
+        self._pace = Pace()
+        self._look_s = self._rush_until_s = 0.0
 
     def start(self) -> None:
         self.engine.start()
@@ -89,9 +111,9 @@ class Desk:
         line = _Line(replace(ask, salt=turn.tenant), sink, turn)  # no tenant can time another's prompts
         self.engine.require_room()
         with self._changed:
-            out = self._admit(line)
+            out, why = self._admit(line), self._full()
         if out is not None:
-            out.sink(Failed(self._full()))
+            out.sink(Failed(why))
         self._fill()
         return partial(self._cancel, line)
 
@@ -137,10 +159,49 @@ class Desk:
     def _length(self) -> int:
         return sum(map(len, self._waiting.values()))
 
+    def _places(self) -> list[_Line]:
+        return [line for line in self._running if not line.turn.low]
+
+    def _running_now(self) -> list[Running]:
+        return [_seen(line) for line in self._places()]
+
+    def _late_s(self) -> float:
+        """How much later than bearable a newcomer's first token is to be expected; 0 or less: it is not."""
+        running = self._running_now()
+        ahead = [len(line.ask.prompt_ids) for lines in self._waiting.values() for line in lines]
+        if not ahead and len(running) < self._limits.active and not any(one.unread for one in running):
+            return 0.0  # whatever was measured: it will be measured anew
+        return self._pace.first_s(running, ahead, self._limits.active) - self._bearable_s()
+
+    def _bearable_s(self) -> float:
+        return max(self._limits.first_s, PATIENCE * self._pace.own_s())
+
     def _full(self) -> ServeError:
-        waiting = self._length()
-        turns = (waiting + 1) / self._limits.active
-        return busy(waiting, min(60, max(1, math.ceil(turns * self._mean_s))))
+        """The refusal, with the time until it would not be given: to a late one, or for a full queue."""
+        next_s = self._pace.place_s(self._running_now(), 0, self._limits.active)
+        wait_s = late_s if (late_s := self._late_s()) > 0 else next_s
+        return busy(self._length(), min(60, max(1, math.ceil(wait_s))))
+
+    def _owed(self, tenant: str) -> bool:
+        """Whether other tenants hold places that are this one's share, and it waits for none yet."""
+        running = [line.turn.tenant for line in self._places()]
+        others = {name for name, lines in self._waiting.items() if lines} | set(running) | {tenant}
+        return len(others) > 1 and not self._waiting.get(tenant) and (
+            running.count(tenant) < self._limits.active / len(others)
+        )  # fmt: skip
+
+    def _free(self) -> int:
+        """How many more may come before the queue is full; a rush begins when it is more than half full."""
+        idle = max(0, self._limits.active - len(self._places()))
+        free = self._limits.waiting + idle - self._length()
+        if free < self._limits.waiting // 2:
+            self._rush_until_s = time.monotonic() + RUSH_S
+        return max(0, free)
+
+    def _too_late(self, tenant: str) -> bool:
+        """Whether a newcomer of this tenant could not be answered in time, and that matters now."""
+        rush = time.monotonic() < self._rush_until_s
+        return rush and self._late_s() > 0 and not self._owed(tenant)
 
     def _require_room(self, turn: Turn, answers: int = 1) -> None:
         """A tenant is refused when the room is full and nobody waits more often than it does."""
@@ -150,34 +211,55 @@ class Desk:
             if self._length() or len(self._low) >= self._limits.active:
                 raise Dropped("no room for a low-priority request")
             return
-        idle = self._limits.active - sum(not line.turn.low for line in self._running)
-        places = max(0, self._limits.waiting + max(0, idle) - self._length())
+        free = self._free()
+        places = 0 if self._too_late(turn.tenant) else free
         waits = Counter({tenant: len(lines) for tenant, lines in self._waiting.items()})
         waits[turn.tenant] += min(places, answers)
         for _ in range(places, answers):
             longest = max(waits, key=lambda tenant: waits[tenant])
             if waits[turn.tenant] + 1 >= waits[longest]:
+                self._rush_until_s = time.monotonic() + RUSH_S
                 raise self._full()
             waits[longest] -= 1
             waits[turn.tenant] += 1
 
     def _admit(self, line: _Line) -> _Line | None:
         """Queue it; returns the request whose place it took, if it took one."""
-        self._require_room(line.turn)
+        tenant, more = line.turn.tenant, line.turn.more
+        if self._closing or not more:
+            self._require_room(line.turn)
         if line.turn.low:
             self._low.append(line)
             return None
-        tenant = line.turn.tenant
         pushed = None
-        idle = self._limits.active - sum(not other.turn.low for other in self._running)
-        if self._length() >= self._limits.waiting + max(0, idle):
-            longest = max(self._waiting, key=lambda name: len(self._waiting[name]))
-            pushed = self._waiting[longest].pop()
-            pushed.cancelled = True
+        if not self._free() or (not more and self._too_late(tenant)):
+            pushed = self._push(tenant)
+        if not (more or self._owed(tenant)):
+            line.until_s = time.monotonic() + self._bearable_s()
         if tenant not in self._waiting and not any(other.turn.tenant == tenant for other in self._running):
             self._catch_up(tenant)
         self._waiting.setdefault(tenant, deque()).append(line)
         return pushed
+
+    def _push(self, tenant: str) -> _Line | None:
+        """Take out the latest of whoever waits most often, if that is not this tenant itself."""
+        longest = max(self._waiting, key=lambda name: len(self._waiting[name]), default=tenant)
+        if longest == tenant or not self._waiting[longest]:
+            return None
+        pushed = self._waiting[longest].pop()
+        pushed.cancelled = True
+        return pushed
+
+    def _overdue(self, now_s: float) -> list[_Line]:
+        """Take out those who have waited too long, a few times a second."""
+        if now_s < self._look_s or now_s > self._rush_until_s:
+            return []
+        self._look_s = now_s + LOOK_S
+        late = [line for lines in self._waiting.values() for line in lines if line.until_s <= now_s]
+        for line in late:
+            line.cancelled = True
+            self._waiting[line.turn.tenant].remove(line)
+        return late
 
     def _catch_up(self, tenant: str) -> None:
         """Idleness is not saved up: a tenant that comes back stands beside the least served busy one."""
@@ -218,6 +300,9 @@ class Desk:
         """The line to start now, and the low one that must go for it."""
         self._waiting = {tenant: lines for tenant, lines in self._waiting.items() if lines}
         gives_way = None
+        unread = sum(len(line.ask.prompt_ids) for line in self._running if not line.heard_s)
+        if unread and self._pace.reading_s(unread) >= READING_S:
+            return None, None
         if len(self._running) >= self._limits.active:
             lows = [line for line in self._running if line.turn.low]
             if not lows or not self._waiting:
@@ -233,6 +318,8 @@ class Desk:
         else:
             return None, None
         self._running.append(line)
+        line.handed_s = time.monotonic()
+        line.before = sum(len(one.ask.prompt_ids) for one in self._running if not one.heard_s)
         self._charge(line, float(len(line.ask.prompt_ids)))
         return line, gives_way
 
@@ -247,18 +334,38 @@ class Desk:
         with self._changed:
             if line.cancelled:
                 return
+            now_s = time.monotonic()
+            room = ended or not line.heard_s  # a place, or one prompt less to read
+            self._learn(line, event, now_s)
             if isinstance(event, Said):
                 self._charge(line, WRITTEN)
             if ended:
                 self._leave(line)
+            late = self._overdue(now_s)
+            why = self._full() if late else None
+        for one in late:
+            assert why is not None
+            one.sink(Failed(why))
         line.sink(event)
-        if ended:
+        if room:
             self._fill()
+
+    def _learn(self, line: _Line, event: Event, now_s: float) -> None:
+        prompt, most = len(line.ask.prompt_ids), line.ask.sampling.max_new_tokens
+        if not line.heard_s and not isinstance(event, Failed):
+            self._pace.read(now_s - line.handed_s, line.before, prompt)
+        elif isinstance(event, Said):
+            self._pace.wrote(now_s - line.heard_s)
+        line.heard_s = now_s
+        line.said += isinstance(event, Said)
+        if isinstance(event, End):
+            self._pace.ended(line.said, most)
 
     def _leave(self, line: _Line) -> None:
         if line in self._running:
             self._running.remove(line)
-            self._mean_s += 0.1 * (time.monotonic() - line.began_s - self._mean_s)
+        if not self._running and not self._length():
+            self._rush_until_s = 0.0
         self._changed.notify_all()
 
     def _cancel(self, line: _Line) -> None:
@@ -278,3 +385,8 @@ class Desk:
 
 def _closing() -> ServeError:
     return ServeError("the server is shutting down", hint="ask again when it is back")
+
+
+def _seen(line: _Line) -> Running:
+    unread = 0 if line.heard_s else len(line.ask.prompt_ids)
+    return Running(line.said, line.ask.sampling.max_new_tokens, unread)

@@ -25,10 +25,13 @@ TOOLS_BYTES = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`active` answers grow in turn, token by token; `waiting` more may queue; the next gets a 429."""
+    """`active` answers grow in turn, token by token; `waiting` more may queue; the next gets a 429. In a
+    rush, which begins at half a queue, only those get in whose first token can be expected within `first_s`
+    or so (`serving.desk`)."""
 
     active: int = 16
     waiting: int = 32
+    first_s: float = 0.5
     adapters: int = 32
     bases: int = 2
     default_tokens: int = 256
@@ -65,6 +68,7 @@ class Busy(ServeError):
 
 
 def busy(waiting: int, retry_after_s: int) -> Busy:
-    error = Busy(f"{waiting} requests are waiting already", hint=f"try again in {retry_after_s} s")
+    what = f"the server is full: {waiting} requests wait for their turn already"
+    error = Busy(what, hint=f"try again in {retry_after_s} s")
     error.retry_after_s = retry_after_s
     return error
