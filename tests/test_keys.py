@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> Store:
 def test_a_key_is_recognised_by_its_secret_alone_and_the_store_holds_none(
     store: Store, tmp_path: Path
 ) -> None:
-    key, secret = keys.create(store, "acme", [Scope.INFER, Scope.READ], name="ci")
+    key, secret = keys.create(store, "acme", [Scope.INFER, Scope.READ], origin=keys.Origin("ci"))
     found = keys.recognise(store, secret.encode())
     assert found == key and key.caller == Caller(key.id, "acme", frozenset({Scope.INFER, Scope.READ}))
     assert keys.recognise(store, secret[:-1].encode()) is None

@@ -45,8 +45,10 @@ PROBE = (
 )
 
 
-def base(name: str, section: Mapping[str, Any], place: Place) -> Entry:
-    """Seal what `section` (a recipe's `model:`) describes, and give it the name."""
+def base(name: str, section: Mapping[str, Any], place: Place, actor: str | None = None) -> Entry:
+    """Seal what `section` (a recipe's `model:`) describes, and give it the name.
+
+    actor: who the audit log says it was; the run, by default."""
     bases.named(name)
     model = Model.model_validate(dict(section))
     outcome = pipeline.run(_recipe(name, model, place), place, until="model")
@@ -55,10 +57,11 @@ def base(name: str, section: Mapping[str, Any], place: Place) -> Entry:
     facts = {key: made.facts[key] for key in ("architecture", "parameters", "licence", "dtype")}
     facts["context"] = _context(folder)
     asked = model.model_dump(mode="json", by_alias=True)
-    return bases.enter(place.store, Entry(name, asked, made.digest, str(made.facts["digest"]), facts))
+    entry = Entry(name, asked, made.digest, str(made.facts["digest"]), facts)
+    return bases.enter(place.store, entry, actor or f"pipeline:{outcome.run_id}")
 
 
-def ready(name: str, section: Mapping[str, Any], place: Place) -> Entry:
+def ready(name: str, section: Mapping[str, Any], place: Place, actor: str | None = None) -> Entry:
     """The base of that name if it is the same and its folder is whole; else it is admitted anew."""
     try:
         known = bases.find(place.store, name)
@@ -67,11 +70,16 @@ def ready(name: str, section: Mapping[str, Any], place: Place) -> Entry:
             return known
     except (NotFound, StoreError):
         pass  # not here yet, or damaged: made below
-    return base(name, section, place)
+    return base(name, section, place, actor)
 
 
 def add(
-    name: str | None, given: Path | None, licence: str, home: str | Path | None, tell: pipeline.Tell
+    name: str | None,
+    given: Path | None,
+    licence: str,
+    home: str | Path | None,
+    tell: pipeline.Tell,
+    actor: str | None = None,
 ) -> dict[str, Any]:
     """A base made ready (sealed, if it is not there yet) under a name; without `given` the demo's.
 
@@ -80,9 +88,9 @@ def add(
     opened = Home.at(home)
     place = Place(opened, Store.open(opened.database), Path.cwd(), tell)
     if given is None:
-        return plain(ready(name or DEMO, DEMO_SECTION, place))
+        return plain(ready(name or DEMO, DEMO_SECTION, place, actor))
     called = re.sub(r"[^A-Za-z0-9._-]+", "-", given.expanduser().absolute().stem).strip("-._")[:64] or "base"
-    return plain(ready(name or called, section_of(given, licence), place))
+    return plain(ready(name or called, section_of(given, licence), place, actor))
 
 
 def listed(home: str | Path | None) -> list[dict[str, Any]]:

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier import artifacts, audit, pipeline
+from luthier import artifacts, pipeline
 from luthier.errors import LuthierError, NotFound, RecipeError, StoreError
 from luthier.home import Home
-from luthier.keys import LOCAL
 from luthier.pipeline import Outcome, Place, Stop, Tell
 from luthier.schema.core import ALIAS
 from luthier.store import ReleaseRecord, Store
@@ -315,9 +314,6 @@ def _place(home: Homeish) -> Place:
 def _move(store: Store, record: ReleaseRecord, alias: str, actor: str, reason: str) -> dict[str, Any]:
     current = store.resolve(record.name, alias)
     move = store.move_ref(record.name, alias, record.digest, expected=current, actor=actor, reason=reason)
-    if current != record.digest:
-        facts = {"digest": move.digest, "previous": move.previous, "reason": reason}
-        audit.note(store, "move alias", f"{record.name}@{alias}", actor=actor, tenant=LOCAL, facts=facts)
     return {
         "name": move.name,
         "alias": move.alias,

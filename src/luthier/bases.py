@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import delete, insert, select
 from sqlalchemy.engine import RowMapping
 
+from luthier.chain import Deed
 from luthier.errors import ModelError, NotFound
 from luthier.plugins import unknown
 from luthier.schema.uploads import BASES
@@ -64,7 +65,7 @@ def listed(store: Store) -> list[Entry]:
     return [_base(row) for row in store.rows(select(BASES).order_by(BASES.c.seq))]
 
 
-def enter(store: Store, base: Entry) -> Entry:
+def enter(store: Store, base: Entry, actor: str) -> Entry:
     """Put a base under its name, in place of what was there."""
     named(base.name)
     if base.name in store.names():
@@ -77,7 +78,8 @@ def enter(store: Store, base: Entry) -> Entry:
         "facts": json.dumps(dict(base.facts), sort_keys=True),
         "created_at": int(time.time()),
     }
-    with store.writing() as connection:
+    facts = {"model": base.model, "base": base.base}
+    with store.writing(Deed("bases add", base.name, actor, "local", facts)) as connection:
         connection.execute(delete(BASES).where(BASES.c.name == base.name))
         connection.execute(insert(BASES), row)
     return find(store, base.name)

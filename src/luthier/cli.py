@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier import cli_bases, cli_jobs, cli_keys, cli_traffic, tables
-from luthier.door import AsJson, Home, errors, results
+from luthier.door import AsJson, Home, errors, results, who
 from luthier.door import answer as _answer
 from luthier.door import door as _door
 
@@ -99,13 +99,15 @@ def promote(
     as_json: AsJson = False,
 ) -> None:
     """Move an alias onto a release (NAME alone means its staging release). One row; nothing is copied."""
-    _answer(as_json, lambda api: api.promote(model, to=to, reason=reason, home=home), tables.moved)
+    _answer(
+        as_json, lambda api: api.promote(model, to=to, reason=reason, actor=who(), home=home), tables.moved
+    )
 
 
 @app.command()
 def rollback(name: str, alias: str = "production", home: Home = None, as_json: AsJson = False) -> None:
     """Move an alias back to where it stood before its last promotion. One row; nothing is rebuilt."""
-    _answer(as_json, lambda api: api.rollback(name, alias=alias, home=home), tables.moved)
+    _answer(as_json, lambda api: api.rollback(name, alias=alias, actor=who(), home=home), tables.moved)
 
 
 @app.command()

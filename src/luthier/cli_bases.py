@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier import tables
-from luthier.door import AsJson, Home, door, errors, results
+from luthier.door import AsJson, Home, door, errors, results, who
 
 app = typer.Typer(no_args_is_help=True, help="Base models by name: what can be tuned, and answers as it is.")
 
@@ -63,12 +63,12 @@ def share(
         from luthier.home import Home as Place
         from luthier.store import Store
 
-        owners.share(Store.open(Place.at(home).database), name, actor="local", on=not off)
+        owners.share(Store.open(Place.at(home).database), name, actor=who(), on=not off)
         if as_json:
             print(json.dumps({"name": name, "shared": not off}), flush=True)
         else:
-            who = "its owner's alone" if off else "shared with every tenant"
-            results.print(f"{name} is {who}")
+            whose = "its owner's alone" if off else "shared with every tenant"
+            results.print(f"{name} is {whose}")
 
 
 def admitted(name: str | None, given: Path | None, licence: str, home: Path | None) -> dict[str, Any]:
@@ -77,4 +77,4 @@ def admitted(name: str | None, given: Path | None, licence: str, home: Path | No
     from luthier.progress import Watch
 
     with Watch(errors) as watch:
-        return admit.add(name, given, licence, home, watch.tell)
+        return admit.add(name, given, licence, home, watch.tell, who())

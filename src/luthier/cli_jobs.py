@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier import tables
-from luthier.door import AsJson, Home, door, errors, results
+from luthier.door import AsJson, Home, door, errors, results, who
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs: ask for one, follow it, stop it.")
 
@@ -150,7 +150,7 @@ def _put(asked: dict[str, Any], path: list[str], value: str) -> None:
 def _jobs(home: Path | None) -> Any:
     from luthier.jobs.verbs import Jobs
 
-    return Jobs(home)
+    return Jobs(home, who())
 
 
 def _show(as_json: bool, found: Any, draw: Any) -> None:

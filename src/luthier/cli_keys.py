@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier import tables
-from luthier.door import AsJson, Home, door, results
+from luthier.door import AsJson, Home, door, results, who
 from luthier.errors import RecipeError
 
 app = typer.Typer(no_args_is_help=True, help="API keys: make, list and revoke them.")
@@ -40,13 +40,14 @@ def create(  # noqa: PLR0913 - each is an option of the command
 ) -> None:
     """Make a key. It is shown this once; the store keeps its hash."""
     with _opened(home, as_json) as store:
-        from luthier import audit, keys
+        from luthier import keys
 
         budget = keys.Budget(_amount(rate, "min", "--rate"), _amount(tokens, "day", "--tokens"))
         granted = [_scope(scope.strip()) for scope in scopes.split(",") if scope.strip()]
-        key, secret = keys.create(store, tenant, granted, name=name, budget=budget, lives=_life(expires))
+        key, secret = keys.create(
+            store, tenant, granted, origin=keys.Origin(name, who()), budget=budget, lives=_life(expires)
+        )
         told = _plain(key)
-        audit.note(store, "keys create", key.id, actor="local", tenant=tenant, facts=told)
         if as_json:
             print(json.dumps({**told, "key": secret}), flush=True)
         else:
@@ -80,10 +81,9 @@ def revoke(
 ) -> None:
     """From the next request on this key opens nothing."""
     with _opened(home, as_json) as store:
-        from luthier import audit, keys
+        from luthier import keys
 
-        key = keys.revoke(store, key_id)
-        audit.note(store, "keys revoke", key.id, actor="local", tenant=key.tenant)
+        key = keys.revoke(store, key_id, who())
         if as_json:
             print(json.dumps(_plain(key)), flush=True)
         else:

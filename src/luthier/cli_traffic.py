@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from luthier import tables
-from luthier.door import AsJson, Home, door, results
+from luthier.door import AsJson, Home, door, results, who
 from luthier.errors import RecipeError
 
 Name = Annotated[str, typer.Argument(help="a model's name", show_default=False)]
@@ -68,9 +68,9 @@ def _split(kind: str, name: str, asked: _Asked, home: Path | None, as_json: bool
             raise RecipeError("one thing at a time: --to, --stop or --finish")
         store = Store.open(Opened.at(home).database)
         if asked.to is not None:
-            told = verbs.begin(store, name, Kind(kind), asked.to, asked.percent, "local")
+            told = verbs.begin(store, name, Kind(kind), asked.to, asked.percent, who())
         elif asked.stop or asked.finish:
-            told = verbs.end(store, name, Kind(kind), Action.FINISH if asked.finish else Action.STOP, "local")
+            told = verbs.end(store, name, Kind(kind), Action.FINISH if asked.finish else Action.STOP, who())
         else:
             told = verbs.look(store, name, Kind(kind))
         if as_json:

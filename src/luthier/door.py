@@ -6,6 +6,8 @@ Results go to stdout, progress and errors to stderr; exit codes are those of `er
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +36,14 @@ def answer(as_json: bool, ask: Callable[[Any], Any], draw: Callable[[Console, An
         else:
             draw(results, found)
     return found
+
+
+def who() -> str:
+    """Who sits at this command line, as the audit log names them: what the kernel says, no variable."""
+    try:
+        return f"cli:{pwd.getpwuid(os.getuid()).pw_name}"
+    except KeyError:
+        return f"cli:{os.getuid()}"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 from sqlalchemy import insert, select, update
 from sqlalchemy.engine import RowMapping
 
+from luthier.chain import Deed
 from luthier.errors import NotFound, RecipeError
 from luthier.schema.keys import ALLOWANCES, KEYS
 from luthier.store import Store
@@ -91,6 +92,14 @@ class Key:
         return "expired" if self.expires_at is not None and self.expires_at <= now() else "active"
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What people call a new key, and who the audit log says made it."""
+
+    name: str = ""
+    actor: str = LOCAL
+
+
 def new_secret() -> str:
     return f"lt-{secrets.token_urlsafe(32)}"
 
@@ -104,7 +113,7 @@ def create(
     tenant: str,
     scopes: Iterable[Scope],
     *,
-    name: str = "",
+    origin: Origin = Origin(),
     budget: Budget | None = None,
     lives: timedelta | None = None,
 ) -> tuple[Key, str]:
@@ -118,7 +127,7 @@ def create(
     row = {
         "id": f"key-{secrets.token_hex(8)}",
         "tenant": tenant,
-        "name": name,
+        "name": origin.name,
         "prefix": secret[:SHOWN],
         "scopes": ",".join(sorted(granted)),
         "requests_per_minute": limits.requests_per_minute,
@@ -127,7 +136,9 @@ def create(
         "expires_at": _later(lives),
         "revoked_at": None,
     }
-    with store.writing() as connection:
+    hidden = ("tenant", "revoked_at")
+    told = {name: value for name, value in row.items() if name not in hidden and value is not None}
+    with store.writing(Deed("keys create", str(row["id"]), origin.actor, tenant, told)) as connection:
         connection.execute(insert(KEYS), row | {"sha256": fingerprint(secret.encode())})
         connection.execute(insert(ALLOWANCES), {"key_id": row["id"], "empty_at_s": 0.0})
     return _key(row), secret
@@ -141,15 +152,16 @@ def listed(store: Store, tenant: str | None = None) -> list[Key]:
     ]
 
 
-def revoke(store: Store, key_id: str) -> Key:
+def revoke(store: Store, key_id: str, actor: str = LOCAL) -> Key:
     """From the next request on this key opens nothing. Revoking twice changes nothing."""
-    with store.writing() as connection:
-        standing = (KEYS.c.id == key_id, KEYS.c.revoked_at.is_(None))
-        connection.execute(update(KEYS).where(*standing).values(revoked_at=now()))
-    found = store.rows(select(KEYS).where(KEYS.c.id == key_id))
+    query = select(KEYS).where(KEYS.c.id == key_id)
+    found = store.rows(query)
     if not found:
         raise NotFound(f"no key {key_id[:60]!r}", where=store.where, hint="`luthier keys list` lists them")
-    return _key(found[0])
+    with store.writing(Deed("keys revoke", key_id, actor, found[0]["tenant"])) as connection:
+        standing = (KEYS.c.id == key_id, KEYS.c.revoked_at.is_(None))
+        connection.execute(update(KEYS).where(*standing).values(revoked_at=now()))
+    return _key(store.rows(query)[0])
 
 
 def recognise(store: Store, secret: bytes) -> Key | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from sqlalchemy import delete, insert, select
 
+from luthier.chain import Deed
 from luthier.errors import NotFound
 from luthier.plugins import unknown
 from luthier.schema.jobs import JOBS
@@ -43,7 +44,8 @@ def share(store: Store, name: str, *, actor: str, on: bool = True) -> None:
     """Let every tenant ask for a name, or only its owner again; saying it twice changes nothing."""
     if name not in store.names():
         raise NotFound(unknown("model", name, store.names()), hint="`luthier releases` lists them")
-    with store.writing() as connection:
+    deed = Deed("share" if on else "share off", name, actor, owner(store, name))
+    with store.writing(deed) as connection:
         connection.execute(delete(SHARED).where(SHARED.c.name == name))
         if on:
             connection.execute(insert(SHARED), {"name": name, "actor": actor, "at": now()})

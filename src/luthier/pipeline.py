@@ -292,7 +292,7 @@ def _register(recipe: Recipe, done: Mapping[str, StageRecord], run_id: str, plac
             recipe.release.alias,
             record.digest,
             expected=current,
-            actor=run_id,
+            actor=f"pipeline:{run_id}",
             reason="all gates passed",
         )
 

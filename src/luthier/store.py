@@ -22,8 +22,10 @@ from typing import Any
 from sqlalchemy import Engine, String, Table, bindparam, func, insert, literal, select, true, update
 from sqlalchemy.engine import Connection, RowMapping
 
-from luthier import store_engine
+from luthier import chain, store_engine
+from luthier.chain import Deed
 from luthier.errors import NotFound, StoreError
+from luthier.schema.keys import AUDIT
 from luthier.schema.runs import EVENTS, REFS, RELEASES, REQUESTS, RUNS, STAGES
 from luthier.store_engine import Refused, guard, now
 
@@ -213,6 +215,7 @@ class Store:
     ) -> RefMove:
         """One INSERT: point NAME@ALIAS at a release, if it is still at `expected` (None: at nothing).
 
+        Whoever moves it, the audit log tells of it by the same commit.
         A move to where it already points is no move: the last one is returned and no row is written.
         """
         if digest == expected:
@@ -221,22 +224,20 @@ class Store:
                 return last[0]
             raise self._lost(name, alias, expected)
         move = {"name": name, "alias": alias, "digest": digest, "expected": expected, "at": now()}
+        facts = {"from": expected, "to": digest, "reason": reason}
         try:
-            with self.writing() as connection:
-                row = (
-                    connection.execute(_MOVE, _plain({**move, "actor": actor, "reason": reason}))
-                    .mappings()
-                    .one_or_none()
-                )
+            with self.writing(Deed("move alias", f"{name}@{alias}", actor, "local", facts)) as connection:
+                made = connection.execute(_MOVE, _plain({**move, "actor": actor, "reason": reason}))
+                row = made.mappings().one_or_none()
+                if row is None:  # nothing moved, so nothing is told
+                    raise self._lost(name, alias, expected)
         except Refused as error:
             if not self.rows(
                 select(RELEASES.c.seq).where(RELEASES.c.name == name, RELEASES.c.digest == digest)
             ):
                 hint = "`luthier releases` lists them"
                 raise NotFound(f"no release {digest[:12]} of {name}", where=self.where, hint=hint) from error
-            row = None  # another mover took this turn between our reading and our writing
-        if row is None:
-            raise self._lost(name, alias, expected)
+            raise self._lost(name, alias, expected) from error  # another mover took this turn meanwhile
         return _move(row)
 
     def _lost(self, name: str, alias: str, expected: str | None) -> StoreError:
@@ -312,10 +313,19 @@ class Store:
         return (exact or list(rows))[0]
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """One transaction; when the block ends without an error it is committed and on disk."""
+    def writing(self, deed: Deed | None = None) -> Iterator[Connection]:
+        """One transaction; when the block ends without an error it is committed and on disk.
+
+        deed: what the audit log says of it, written by the same commit."""
         with guard(self.where), self._writer.begin() as connection:
             yield connection
+            entry = chain.append(connection, deed) if deed is not None else None
+        if entry is not None:
+            chain.remember(self.where, self._audited, entry)
+
+    def _audited(self, seq: int) -> str | None:
+        rows = self.rows(select(AUDIT.c.hash).where(AUDIT.c.seq == seq))
+        return str(rows[0]["hash"]) if rows else None
 
 
 # The condition travels inside the INSERT: no row comes out of the SELECT unless the alias still points at

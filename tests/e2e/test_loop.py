@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shutil
 import sqlite3
 import subprocess
@@ -122,6 +124,20 @@ def test_promote_and_rollback_are_one_row_each_and_take_under_a_second(world: An
         package.rollback("toy", home=home)
     again = package.promote(f"toy@{first['release'][:12]}", home=home)
     assert not again["moved"] and refs() == count
+
+
+def test_the_audit_log_names_the_run_and_the_person_behind_each_move(world: Any, tmp_path: Path) -> None:
+    _, home, first = copy_of(world, tmp_path)
+    luthier(home, "promote", f"toy@{first['release'][:12]}")
+    luthier(home, "share", "toy")
+    found = luthier(home, "audit", "show", "--json")
+    person = f"cli:{pwd.getpwuid(os.getuid()).pw_name}"
+    assert [(entry["action"], entry["target"], entry["actor"]) for entry in found] == [
+        ("move alias", "toy@staging", f"pipeline:{first['run']}"),
+        ("move alias", "toy@production", person),
+        ("share", "toy", person),
+    ]
+    luthier(home, "audit", "verify")
 
 
 def test_a_running_server_answers_and_follows_promotions_without_a_restart(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier import audit
 from luthier.errors import StoreError
 from luthier.store import ReleaseRecord, Store
 from tests import databases
@@ -75,6 +76,9 @@ def _all_are_there(place: Path | str, acknowledged: list[tuple[str, str]]) -> No
     there |= {("request", request.model) for request in store.requests()}
     moves = store.history("guard", "production")
     there |= {("ref", move.digest) for move in moves}
+    told = [entry.facts["to"] for entry in audit.entries(store)]
+    assert told == [move.digest for move in reversed(moves)], "a move and its entry are one"
+    assert audit.verify(store)["entries"] == len(moves)
     store.close()
     assert set(acknowledged) <= there
     assert [move.previous for move in moves] == [*(move.digest for move in moves[1:]), None], (

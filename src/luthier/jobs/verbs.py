@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier import audit
 from luthier.engine import memory
 from luthier.errors import DataError
 from luthier.home import Home
 from luthier.jobs import ask, quote
 from luthier.jobs.asked import Create, parse
 from luthier.jobs.queue import Queue
-from luthier.jobs.records import ENDED
+from luthier.jobs.records import ENDED, Job
 from luthier.jobs.spec import Terms
 from luthier.store import Store
 from luthier.uploads import Label, Uploads
@@ -40,7 +41,8 @@ Homeish = str | Path | None
 class Jobs:
     """The jobs of one home."""
 
-    def __init__(self, home: Homeish = None) -> None:
+    def __init__(self, home: Homeish = None, actor: str = OWNER) -> None:
+        self.actor = actor
         self.home = Home.at(home)
         self.store = Store.open(self.home.database)
         self.uploads = Uploads(self.store, self.home)
@@ -49,7 +51,9 @@ class Jobs:
     def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """A new job from OpenAI's fields; `training_file` and `validation_file` may be paths on disk."""
         asked = self._asked(request)
-        return ask.job_object(ask.create(asked, OWNER, self.store, self.uploads, most=None))
+        job = ask.create(asked, OWNER, self.store, self.uploads, most=None)
+        self._note("create", job)
+        return ask.job_object(job)
 
     def quote(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What that job would take; nothing is queued."""
@@ -85,10 +89,15 @@ class Jobs:
 
     def move(self, job_id: str, verb: str) -> dict[str, Any]:
         """Cancel, pause or resume a job."""
-        moves: dict[str, Callable[[None, str], Any]] = {
+        moves: dict[str, Callable[[None, str], Job]] = {
             "cancel": self.queue.cancel, "pause": self.queue.pause, "resume": self.queue.resume,
         }  # fmt: skip
-        return ask.job_object(moves[verb](None, job_id))
+        job = moves[verb](None, job_id)
+        self._note(verb, job)
+        return ask.job_object(job)
+
+    def _note(self, verb: str, job: Job) -> None:
+        audit.note(self.store, f"jobs {verb}", job.id, actor=self.actor, tenant=job.tenant)
 
     def follow(self, job_id: str) -> Iterator[dict[str, Any]]:
         """Every event from the first on, as they come, until the job has ended."""

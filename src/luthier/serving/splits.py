@@ -19,6 +19,7 @@ from typing import Any
 
 from sqlalchemy import case, func, insert, select
 
+from luthier.chain import Deed
 from luthier.errors import NotFound, RecipeError, StoreError
 from luthier.schema.splits import COMPARISONS, SPLITS
 from luthier.store import Store
@@ -161,7 +162,9 @@ class Splits:
         values = {**asdict(split), "kind": split.kind.value, "action": split.action.value}
         values["facts"] = json.dumps(dict(split.facts), sort_keys=True, allow_nan=False)
         try:
-            with self._store.writing() as connection:
+            told = {name: values[name] for name in ("id", "digest", "champion", "percent", "reason")}
+            deed = Deed(f"{split.kind.value} {split.action.value}", split.name, split.actor, "local", told)
+            with self._store.writing(deed) as connection:
                 connection.execute(insert(SPLITS), values)
         except Refused as error:
             raise StoreError(
