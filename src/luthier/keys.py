@@ -175,6 +175,12 @@ def known(store: Store, sha256: str) -> Key | None:
     return _key(found[0]) if found else None
 
 
+def standing(store: Store, key_id: str) -> str:
+    """The state of the key with this id; one that the store does not have stands as long as its server."""
+    found = store.rows(select(KEYS).where(KEYS.c.id == key_id))
+    return _key(found[0]).state if found else "active"
+
+
 def _later(lives: timedelta | None) -> str | None:
     return None if lives is None else (datetime.now(UTC) + lives).isoformat(timespec="microseconds")
 

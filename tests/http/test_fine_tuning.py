@@ -6,12 +6,19 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import update
 
+from luthier import keys
+from luthier.http.openai.fine_tuning import FOLLOWERS, SHARE
 from luthier.jobs import examine
+from luthier.schema.keys import KEYS
 from tests.http.running import Client, threaded
 from tests.jobs.place import World, chats, jsonl, make_world, wait
 
@@ -206,6 +213,66 @@ CHECK = {
     "type": "string_check", "name": "same", "operation": "eq", "input": "{{sample.output_text}}",
     "reference": "{{item.answer}}",
 }  # fmt: skip
+
+
+def opened(server: Client, secret: str, job_id: str, within: ExitStack) -> tuple[int, Iterator[str]]:
+    """A live stream that stays open as long as the stack: its status and its lines."""
+    http = within.enter_context(Client(server.url, secret).open())
+    path = f"/v1/fine_tuning/jobs/{job_id}/events?stream=true"
+    answer = within.enter_context(http.stream("GET", path))
+    return answer.status_code, answer.iter_lines()
+
+
+def test_one_tenants_streams_leave_room_for_anothers_and_end_with_their_key(
+    client: openai.OpenAI, idle: Client, here: World
+) -> None:
+    mine = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client)).id
+    theirs = here.create("others", training_file=here.upload(chats(), "others")).id
+    other = keys.create(here.store, "others", [keys.Scope.READ])[1]
+    key, secret = keys.create(here.store, "local", [keys.Scope.READ])
+    brief, short = keys.create(here.store, "local", [keys.Scope.READ], lives=timedelta(hours=1))
+    with ExitStack() as open_ones:
+        first, lines = opened(idle, secret, mine, open_ones)
+        second, late = opened(idle, short, mine, open_ones)
+        codes = [opened(idle, idle.key, mine, open_ones)[0] for _ in range(FOLLOWERS // SHARE)]
+        assert [first, second, *codes] == [200] * (FOLLOWERS // SHARE) + [429] * 2
+        assert opened(idle, other, theirs, open_ones)[0] == 200
+        keys.revoke(here.store, key.id)
+        with here.store.writing() as connection:  # the hour is over
+            over = (
+                update(KEYS)
+                .where(KEYS.c.id == brief.id)
+                .values(expires_at="2020-01-01T00:00:00.000000+00:00")
+            )
+            connection.execute(over)
+        for heard, why in ((lines, "revoked"), (late, "expired")):
+            told = list(heard)  # it ends, though the job has not
+            assert "event: error" in told and "data: [DONE]" not in told
+            error = json.loads(next(line[6:] for line in told if line.startswith('data: {"error"')))["error"]
+            assert (error["code"], error["message"]) == ("invalid_api_key", f"this API key is {why}")
+
+    def again() -> bool:
+        with ExitStack() as one:
+            return opened(idle, idle.key, mine, one)[0] == 200
+
+    wait(again, 30)
+    client.fine_tuning.jobs.cancel(mine)
+    here.queue.cancel(None, theirs)
+
+
+def test_one_tenants_quotes_leave_room_for_anothers(idle: Client, here: World) -> None:
+    other = keys.create(here.store, "others", [keys.Scope.TRAIN])[1]
+    ready = threading.Barrier(3)
+
+    def quote(secret: str) -> int:
+        with Client(idle.url, secret).open() as http:
+            ready.wait()
+            asked = {"model": "no such base", "training_file": "file-0"}
+            return http.post("/v1/fine_tuning/quotes", json=asked).status_code
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(quote, (idle.key, idle.key, other)))
+    assert sorted(found[:2]) == [400, 429] and found[2] == 400
 
 
 def test_a_follower_that_leaves_is_forgotten(idle: Client, client: openai.OpenAI) -> None:

@@ -11,15 +11,17 @@ from luthier.http.places import Line, Places, TooMany
 
 def test_a_tenant_has_its_share_and_no_more() -> None:
     places = Places(4, 2, "full")
-    for tenant in ("a", "a", "b"):
-        places.take(tenant)
+    free, *_ = [places.take(tenant) for tenant in ("a", "a", "b")]
     with pytest.raises(TooMany):
         places.take("a")
     places.take("b")
     with pytest.raises(TooMany):
         places.take("c")
-    places.free("a")
+    free()
+    free()  # a place is given back once
     places.take("c")
+    with pytest.raises(TooMany):
+        places.take("a")
 
 
 def test_a_free_place_goes_to_who_has_fewest_and_a_line_is_no_longer_than_it_may_be() -> None:
@@ -62,7 +64,7 @@ def test_who_leaves_the_line_or_waits_too_long_holds_no_place() -> None:
             async with places.one("b"):
                 pass
         places = Places(1, 1, "full", Line(4, 30.0))
-        places.take("a")
+        free = places.take("a")
 
         async def visit() -> None:
             async with places.one("b"):
@@ -73,7 +75,7 @@ def test_who_leaves_the_line_or_waits_too_long_holds_no_place() -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        places.free("a")
+        free()
         given.cancel()  # at the very moment when it was given the place
         with pytest.raises(asyncio.CancelledError):
             await given

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -41,13 +41,15 @@ class Places:
         self._held: Counter[str] = Counter()
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
-    def take(self, tenant: str) -> None:
-        """A place at once, or `TooMany`. Whoever has one calls `free` when done."""
+    def take(self, tenant: str) -> Callable[[], None]:
+        """A place at once, or `TooMany`. Returns what gives it back, once however often it is called."""
         if not self._room(tenant):
             raise self._refusal()
         self._held[tenant] += 1
+        held = [tenant]
+        return lambda: self._free(held.pop()) if held else None
 
-    def free(self, tenant: str) -> None:
+    def _free(self, tenant: str) -> None:
         self._held[tenant] -= 1
         if not self._held[tenant]:
             del self._held[tenant]
@@ -62,13 +64,13 @@ class Places:
     async def one(self, tenant: str) -> AsyncIterator[None]:
         """A place while the block lasts, waited for in line."""
         if self._room(tenant):
-            self.take(tenant)
+            self._held[tenant] += 1
         else:
             await self._come(tenant)
         try:
             yield
         finally:
-            self.free(tenant)
+            self._free(tenant)
 
     async def _come(self, tenant: str) -> None:
         if sum(name == tenant for name, _ in self._waiting) >= self._line.length:
@@ -81,7 +83,7 @@ class Places:
             if turn in self._waiting:
                 self._waiting.remove(turn)
             else:
-                self.free(tenant)
+                self._free(tenant)
             raise
         if turn in self._waiting:
             self._waiting.remove(turn)

@@ -3,7 +3,8 @@
 Source: https://platform.openai.com/docs/api-reference/fine-tuning and the official client's resources. A job
 of another tenant and one that never was are the same 404. `events?stream=true` sends every event from the
 first on as server-sent events, and `data: [DONE]` once the job has ended; `after` or `Last-Event-ID` begins
-later.
+later. Of streams, and of quotes that are being made, a tenant may have a quarter of those there may be; a
+stream ends when the key that opened it does.
 It does not know queues' tables or workers.
 """
 
@@ -11,22 +12,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from luthier import keys
 from luthier.home import Home
+from luthier.http import problems
 from luthier.http.auth import caller
+from luthier.http.places import Places
 from luthier.http.problems import RequestError, TooLarge
 from luthier.jobs import ask, quote
 from luthier.jobs.asked import Create, parse
 from luthier.jobs.queue import Queue
-from luthier.jobs.records import ENDED, Job
+from luthier.jobs.records import ENDED, Job, Told
 from luthier.store import Store
 from luthier.uploads import Uploads
 
@@ -34,25 +39,24 @@ BODY_BYTES = 1024 * 1024
 BODY_S = 30.0
 BEAT_S = 0.5
 QUIET_BEATS = 30  # without an event, a comment shows that the stream lives
-FOLLOWERS = 64
+FOLLOWERS = 64  # live streams; each asks the database twice a second
 QUOTES = 4  # that may wait at a time
+SHARE = 4  # of both, one tenant has one part in so many
 After = Annotated[str | None, Query(max_length=128, description="the last id of the page before")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 JOBS = "/v1/fine_tuning/jobs"
 JOB = JOBS + "/{fine_tuning_job_id}"
 
 
-class TooMany(RequestError):
-    """As many as this server takes on at once are being served."""
+@dataclass(frozen=True)
+class Following:
+    """A live stream: whose key opened it, what it follows, and what gives its place back."""
 
-    http_code = 429
-
-
-@dataclass
-class Followers:
-    """How many live streams there are; each asks the database twice a second."""
-
-    taken: int = 0
+    store: Store
+    queue: Queue
+    job: Job
+    key_id: str
+    free: Callable[[], None]
 
 
 def inlined(schema: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def routes(store: Store, home: Home, uploads: Uploads) -> APIRouter:
     """The routes over one home's jobs."""
     router = APIRouter()
     queue = Queue(store)
-    waiting = asyncio.Semaphore(QUOTES)
+    quotes = Places(QUOTES, QUOTES // SHARE, "other quotes are being made; try again soon")
 
     @router.post(JOBS, openapi_extra=BODY)
     async def create(request: Request) -> dict[str, Any]:
@@ -95,11 +99,9 @@ def routes(store: Store, home: Home, uploads: Uploads) -> APIRouter:
     @router.post("/v1/fine_tuning/quotes", openapi_extra=BODY)
     async def quoted(request: Request) -> dict[str, Any]:
         """What that job would take: tokens, minutes, memory, and money where a price is set."""
-        body = await _body(request)
-        if waiting.locked():
-            raise TooMany("other quotes are being made; try again soon", code="queue_full")
-        async with waiting:
-            return await run_in_threadpool(quote.elsewhere, body, caller(request).tenant, home)
+        body, tenant = await _body(request), caller(request).tenant
+        async with quotes.one(tenant):
+            return await run_in_threadpool(quote.elsewhere, body, tenant, home)
 
     @router.get(JOBS)
     def listed(request: Request, after: After = None, limit: Limit = 20) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def routes(store: Store, home: Home, uploads: Uploads) -> APIRouter:
         return ask.job_object(queue.get(caller(request).tenant, fine_tuning_job_id))
 
     _moves(router, queue)
-    _told(router, queue)
+    _told(router, store, queue)
     _permissions(router)
     return router
 
@@ -138,12 +140,13 @@ def _moves(router: APIRouter, queue: Queue) -> None:
         return ask.job_object(queue.resume(caller(request).tenant, fine_tuning_job_id))
 
 
-def _told(router: APIRouter, queue: Queue) -> None:
+def _told(router: APIRouter, store: Store, queue: Queue) -> None:
     """What happened to a job, and what it left on the way."""
-    followers = Followers()
+    full = "too many follow jobs at once; read pages of events instead"
+    followers = Places(FOLLOWERS, FOLLOWERS // SHARE, full)
 
     @router.get(JOB + "/events")
-    def events(
+    async def events(
         request: Request,
         fine_tuning_job_id: str,
         after: After = None,
@@ -151,17 +154,19 @@ def _told(router: APIRouter, queue: Queue) -> None:
         stream: bool = False,
     ) -> Response:
         """What happened, newest first; or with `stream` from the first event on, as it happens."""
-        job = queue.get(caller(request).tenant, fine_tuning_job_id)
+        who = caller(request)
+        job = await run_in_threadpool(queue.get, who.tenant, fine_tuning_job_id)
         if stream:
-            if followers.taken >= FOLLOWERS:
-                raise TooMany("too many follow jobs at once; read pages of events instead")
             after = after or request.headers.get("last-event-id")
-            queue.events(job.id, after, 1, newest=False)  # an unknown `after` is refused before the stream
-            quiet = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            await run_in_threadpool(_page, queue, job.id, after)  # an unknown `after` is refused before it
+            following = Following(store, queue, job, who.key_id, followers.take(who.tenant))
             return StreamingResponse(
-                _live(queue, job, after, followers), media_type="text/event-stream", headers=quiet
+                _live(following, after),
+                media_type="text/event-stream",
+                headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+                background=BackgroundTask(_left, following),  # runs even if the stream was never begun
             )
-        found, more = queue.events(job.id, after, limit, newest=True)
+        found, more = await run_in_threadpool(_newest, queue, job.id, after, limit)
         return JSONResponse(ask.page([ask.event_object(one) for one in found], more))
 
     @router.get(JOB + "/checkpoints")
@@ -227,22 +232,26 @@ async def _body(request: Request) -> bytes:
     return bytes(data)
 
 
-async def _live(queue: Queue, job: Job, after: str | None, followers: Followers) -> AsyncIterator[bytes]:
-    followers.taken += 1
+async def _live(following: Following, after: str | None) -> AsyncIterator[bytes]:
     try:
-        async for piece in _events(queue, job, after):
+        async for piece in _events(following, after):
             yield piece
     finally:
-        followers.taken -= 1
+        following.free()
 
 
-async def _events(queue: Queue, job: Job, after: str | None) -> AsyncIterator[bytes]:
+async def _left(following: Following) -> None:
+    following.free()
+
+
+async def _events(following: Following, after: str | None) -> AsyncIterator[bytes]:
     quiet = 0
     while True:
-        now = await run_in_threadpool(
-            queue.get, None, job.id
-        )  # before its events: what ends it is among them
-        found, more = await run_in_threadpool(_page, queue, job.id, after)
+        key, now, found, more = await run_in_threadpool(_look, following, after)
+        if key != "active":
+            said = problems.shape(f"this API key is {key}", "invalid_request_error", None, "invalid_api_key")
+            yield f"event: error\ndata: {json.dumps(said)}\n\n".encode()
+            return
         for one in found:
             after, text = one.id, json.dumps(ask.event_object(one), separators=(",", ":"))
             yield f"id: {one.id}\ndata: {text}\n\n".encode()
@@ -256,5 +265,15 @@ async def _events(queue: Queue, job: Job, after: str | None) -> AsyncIterator[by
             await asyncio.sleep(BEAT_S)
 
 
-def _page(queue: Queue, job_id: str, after: str | None) -> Any:
+def _look(following: Following, after: str | None) -> tuple[str, Job, list[Told], bool]:
+    """How its key stands, and the job before its events: what ends it is among them."""
+    key, now = keys.standing(following.store, following.key_id), following.queue.get(None, following.job.id)
+    return (key, now, *_page(following.queue, now.id, after))
+
+
+def _page(queue: Queue, job_id: str, after: str | None) -> tuple[list[Told], bool]:
     return queue.events(job_id, after, 100, newest=False)
+
+
+def _newest(queue: Queue, job_id: str, after: str | None, limit: int) -> tuple[list[Told], bool]:
+    return queue.events(job_id, after, limit, newest=True)
