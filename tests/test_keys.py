@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from luthier import audit, budgets, keys
 from luthier.errors import NotFound, RecipeError, StoreError
+from luthier.http import quota
 from luthier.keys import Budget, Caller, Scope
 from luthier.store import Store
 
@@ -109,6 +110,47 @@ def test_a_days_tokens_are_counted_by_all_servers_and_end_with_the_day(store: St
     found = budgets.take(other, key, NOON_S)
     assert found.left_tokens == 0 and found.of == "tokens per day"
     assert not budgets.take(store, key, NOON_S + found.retry_after_s).retry_after_s
+
+
+def test_a_months_tokens_are_the_sum_of_its_days_and_end_with_the_month(store: Store) -> None:
+    key, _ = keys.create(store, "acme", [Scope.INFER], budget=Budget(tokens_per_day=80, tokens_per_month=100))
+    last = datetime(2027, 1, 31, 23, 0, tzinfo=UTC).timestamp()
+    budgets.spend(store, key.id, 70, last - 20 * 86400)
+    found = budgets.take(store, key, last)
+    assert (found.limit_tokens, found.left_tokens, found.reset_tokens_s) == (100, 30, 3600.0)
+    budgets.spend(store, key.id, 50, last - 86400)
+    refused = budgets.take(store, key, last)
+    assert (refused.of, refused.left_tokens, refused.retry_after_s) == ("tokens per month", 0, 3600)
+    assert not budgets.take(store, key, last, spends=False).retry_after_s  # to look costs no tokens
+    budgets.spend(store, key.id, 80, last - 86400)
+    assert budgets.take(store, key, last - 86400).of == "tokens per month"  # the one that lasts longer
+    found = budgets.take(store, key, last + 3600)
+    assert (found.retry_after_s, found.limit_tokens, found.left_tokens) == (0, 80, 80)
+    assert budgets.spent_this_month(store, key.id, last) == 200
+
+
+def test_when_all_of_a_minute_is_there_again_is_told(store: Store) -> None:
+    key, _ = keys.create(store, "acme", [Scope.INFER], budget=Budget(requests_per_minute=6))
+    found = [budgets.take(store, key, NOON_S + 5) for _ in range(7)]
+    assert [round(one.reset_requests_s or 0) for one in found] == [10, 20, 30, 40, 50, 60, 60]
+    later = budgets.take(store, key, NOON_S + 5 + 60)
+    assert later.left_requests == 5 and round(later.reset_requests_s or 0) == 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0s"),
+        (0.02, "20ms"),
+        (1, "1s"),
+        (1.5, "1.5s"),
+        (360, "6m0s"),
+        (62703, "17h25m3s"),
+        (7200, "2h0m0s"),
+    ],
+)
+def test_times_are_told_as_openai_tells_them(seconds: float, said: str) -> None:
+    assert quota.duration(seconds) == said
 
 
 def test_a_whole_log_verifies_and_keeps_its_order(store: Store) -> None:

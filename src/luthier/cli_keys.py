@@ -22,7 +22,7 @@ from luthier.errors import RecipeError
 app = typer.Typer(no_args_is_help=True, help="API keys: make, list and revoke them.")
 audits = typer.Typer(no_args_is_help=True, help="The audit log: what was done, by whom, and proof of it.")
 
-RATE = re.compile(r"([1-9]\d{0,8})/(min|day)")
+RATE = re.compile(r"([1-9]\d{0,8})/(min)|([1-9]\d{0,14})/(day|month)")
 LIFE = re.compile(r"([1-9]\d{0,4})([mhd])")
 UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
@@ -32,7 +32,12 @@ def create(  # noqa: PLR0913 - each is an option of the command
     tenant: Annotated[str, typer.Option(help="whose files, jobs and models it opens")] = "local",
     scopes: Annotated[str, typer.Option(help="of admin, train, infer, read; with commas")] = "infer,read",
     rate: Annotated[str | None, typer.Option(help="requests a minute, such as 60/min")] = None,
-    tokens: Annotated[str | None, typer.Option(help="tokens a day, such as 1000000/day")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="such as 1000000/day, or 1000000/day,9000000/month")
+    ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="requests that one server works on at once")
+    ] = None,
     expires: Annotated[str | None, typer.Option(help="life, such as 30d, 12h or 15m")] = None,
     name: Annotated[str, typer.Option(help="a note for people")] = "",
     home: Home = None,
@@ -42,7 +47,10 @@ def create(  # noqa: PLR0913 - each is an option of the command
     with _opened(home, as_json) as store:
         from luthier import keys
 
-        budget = keys.Budget(_amount(rate, "min", "--rate"), _amount(tokens, "day", "--tokens"))
+        of_tokens = _tokens(tokens)
+        budget = keys.Budget(
+            _amount(rate, "min", "--rate"), of_tokens.get("day"), of_tokens.get("month"), at_once
+        )
         granted = [_scope(scope.strip()) for scope in scopes.split(",") if scope.strip()]
         key, secret = keys.create(
             store, tenant, granted, origin=keys.Origin(name, who()), budget=budget, lives=_life(expires)
@@ -66,7 +74,11 @@ def listed(
         from luthier import budgets, keys
 
         found = [
-            _plain(key) | {"tokens_today": budgets.spent_today(store, key.id)}
+            _plain(key)
+            | {
+                "tokens_today": budgets.spent_today(store, key.id),
+                "tokens_this_month": budgets.spent_this_month(store, key.id),
+            }
             for key in keys.listed(store, tenant)
         ]
         if as_json:
@@ -154,9 +166,20 @@ def _amount(given: str | None, per: str, option: str) -> int | None:
     if given is None:
         return None
     found = RATE.fullmatch(given)
-    if found is None or found[2] != per:
+    if found is None or (found[2] or found[4]) != per:
         raise RecipeError(f"{given!r} is no amount", where=option, hint=f"write it as 60/{per}")
-    return int(found[1])
+    return int(found[1] or found[3])
+
+
+def _tokens(given: str | None) -> dict[str, int]:
+    """Amounts by period, such as `1000000/day,9000000/month`."""
+    found: dict[str, int] = {}
+    for part in given.split(",") if given is not None else ():
+        per = "month" if part.endswith("/month") else "day"
+        if per in found:
+            raise RecipeError(f"two amounts of tokens a {per}", where="--tokens", hint="give one")
+        found[per] = _amount(part.strip(), per, "--tokens") or 0
+    return found
 
 
 def _life(given: str | None) -> timedelta | None:

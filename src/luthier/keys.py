@@ -12,7 +12,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -64,6 +64,12 @@ class Budget:
 
     requests_per_minute: int | None = None
     tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    concurrent_requests: int | None = None
+
+    @property
+    def bounds(self) -> bool:
+        return self != Budget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +136,7 @@ def create(
         "name": origin.name,
         "prefix": secret[:SHOWN],
         "scopes": ",".join(sorted(granted)),
-        "requests_per_minute": limits.requests_per_minute,
-        "tokens_per_day": limits.tokens_per_day,
+        **asdict(limits),
         "created_at": now(),
         "expires_at": _later(lives),
         "revoked_at": None,
@@ -187,9 +192,8 @@ def _later(lives: timedelta | None) -> str | None:
 
 def _key(row: RowMapping | dict[str, Any]) -> Key:
     plain = ("id", "tenant", "name", "prefix", "created_at", "expires_at", "revoked_at")
-    limits = ("requests_per_minute", "tokens_per_day")
     return Key(
         **{name: row[name] for name in plain},
         scopes=frozenset(Scope(scope) for scope in row["scopes"].split(",")),
-        budget=Budget(**{name: row[name] for name in limits}),
+        budget=Budget(**{one.name: row[one.name] for one in fields(Budget)}),
     )

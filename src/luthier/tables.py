@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -210,15 +210,24 @@ def keys(console: Console, found: Sequence[Row]) -> None:
     if not found:
         console.print("no key yet: luthier keys create")
         return
-    table = _table("id", "tenant", "name", "begins", "scopes", "a minute", "tokens a day", "state", "until")
+    table = _table("id", "tenant", "name", "begins", "scopes", "budget", "state", "until")
     for key in found:
-        spent = f"{key['tokens_today']:,} of " if "tokens_today" in key else ""
-        tokens = f"{spent}{key['tokens_per_day']:,}" if key["tokens_per_day"] else ""
         table.add_row(
             key["id"], key["tenant"], key["name"], key["prefix"] + "…", " ".join(key["scopes"]),
-            str(key["requests_per_minute"] or ""), tokens, key["state"], (key["expires_at"] or "")[:16],
+            "\n".join(_budget(key)), key["state"], (key["expires_at"] or "")[:16],
         )  # fmt: skip
     console.print(table)
+
+
+def _budget(key: Row) -> Iterator[str]:
+    """What a key may spend, a line each; of tokens also what it has."""
+    if key["requests_per_minute"]:
+        yield f"{key['requests_per_minute']:,}/min"
+    if key["concurrent_requests"]:
+        yield f"{key['concurrent_requests']:,} at once"
+    for period, so_far in (("day", "tokens_today"), ("month", "tokens_this_month")):
+        if most := key[f"tokens_per_{period}"]:
+            yield (f"{key[so_far]:,} of " if so_far in key else "") + f"{most:,} tokens/{period}"
 
 
 def audit(console: Console, found: Sequence[Row]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from luthier import audit, keys
+from luthier import audit, budgets, keys
 from luthier.errors import ServeError
 from luthier.http import Secure
 from luthier.http.app import create_app
@@ -153,6 +156,55 @@ def test_budgets_are_kept_and_told_in_openais_headers(server: Client, world: Wor
         if codes[-1] == 429:
             break
     assert codes[0] == 200 and codes[-1] == 429
+
+
+def test_who_has_spent_its_tokens_may_still_look_and_is_told_when_there_are_more(
+    server: Client, world: World
+) -> None:
+    budget = Budget(requests_per_minute=60, tokens_per_day=1_000_000, tokens_per_month=10)
+    key, secret = keys.create(world.store, "acme", [Scope.ADMIN], budget=budget)
+    budgets.spend(world.store, key.id, 10)
+    free = [ask(server, "GET", path, secret) for path in ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs")]
+    assert [one.status_code for one in free] == [200] * 3
+    told = free[0].headers
+    assert (told["x-ratelimit-limit-tokens"], told["x-ratelimit-remaining-tokens"]) == ("10", "0")
+    assert re.fullmatch(r"(\d+h)?(\d+m)?[\d.]+s", told["x-ratelimit-reset-tokens"])
+    assert re.fullmatch(r"[\d.]+m?s", told["x-ratelimit-reset-requests"])
+    body = {"model": "guard", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    run = {"grader": {}, "model_sample": "x"}
+    for path, given in (("chat/completions", body), ("completions", body), ("embeddings", body),
+                        ("fine_tuning/alpha/graders/run", run)):  # fmt: skip
+        refused = ask(server, "POST", f"/v1/{path}", secret, json=given)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (429, "rate_limit_exceeded"), path
+        assert "tokens per month" in error["message"] and int(refused.headers["retry-after"]) > 0
+
+
+def test_a_keys_requests_at_once_are_bounded_and_no_other_keys(server: Client, world: World) -> None:
+    _, secret = keys.create(world.store, "local", [Scope.INFER], budget=Budget(concurrent_requests=2))
+    _, other = keys.create(world.store, "local", [Scope.INFER])
+    long = {
+        "model": "guard",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 1900,
+        "stream": True,
+    }
+
+    def models(with_key: str) -> int:
+        return ask(server, "GET", "/v1/models", with_key).status_code
+
+    with ExitStack() as growing:
+        for _ in range(2):
+            http = growing.enter_context(Client(server.url, secret).open())
+            answer = growing.enter_context(http.stream("POST", "/v1/chat/completions", json=long))
+            assert answer.status_code == 200
+        refused = ask(server, "GET", "/v1/models", secret)
+        assert refused.status_code == 429 and "2 requests at once" in refused.json()["error"]["message"]
+        assert int(refused.headers["retry-after"]) == 1 and models(other) == 200
+    end = time.monotonic() + 30
+    while models(secret) != 200:
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_changes_and_refusals_stand_in_the_audit_log_without_a_secret(

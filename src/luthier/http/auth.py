@@ -27,10 +27,9 @@ from starlette.requests import Request
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from luthier import audit, budgets, keys
-from luthier.budgets import Allowance
+from luthier import audit, keys
 from luthier.errors import LuthierError
-from luthier.http import problems
+from luthier.http import problems, quota
 from luthier.http.sparing import Sparing
 from luthier.keys import Caller, Key
 from luthier.keys import Scope as May
@@ -105,6 +104,7 @@ ANSWERS = {
     "POST /v1/completions",
     "POST /v1/embeddings",
 }  # the request log has them
+SPENDS = ANSWERS | {"POST /v1/fine_tuning/alpha/graders/run"}  # tokens
 
 
 def caller(request: Request) -> Caller:
@@ -142,6 +142,7 @@ class Guard:
         self._served = Caller(keys.SERVED, keys.LOCAL, frozenset({May.ADMIN}))
         self._served_sha256 = keys.fingerprint(served.encode("utf-8", "surrogateescape"))
         self._full = full
+        self._quota = quota.Quota(store)
         self._lines = _lines(ROUTES)
         self._may_note = Sparing(REFUSALS)
         self._lately: OrderedDict[str, tuple[float, Caller]] = OrderedDict()
@@ -184,13 +185,16 @@ class Guard:
     ) -> None:
         """Within its budget; and into the audit log if it changed something."""
         line, who, key = what
-        left = Allowance(0)
-        if key is not None and (key.budget.requests_per_minute or key.budget.tokens_per_day):
-            left = await run_in_threadpool(budgets.take, self._store, key)
-        extra = _told(left)
-        if left.retry_after_s:
-            await _spent(left, extra)(scope, receive, send)
-            return
+        async with self._quota.held(key, spends=line.route in SPENDS) as left:
+            if left.retry_after_s:
+                await quota.refusal(left)(scope, receive, send)
+            else:
+                await self._served_to(scope, receive, send, (line, who, quota.told(left)))
+
+    async def _served_to(
+        self, scope: Scope, receive: Receive, send: Send, what: tuple[_Line, Caller, quota.Headers]
+    ) -> None:
+        line, who, extra = what
         status = 500
         if line.route in SMALL:
             receive = _bounded(receive)
@@ -276,23 +280,6 @@ def _bounded(receive: Receive) -> Receive:
         return message
 
     return counted
-
-
-def _told(left: Allowance) -> list[tuple[bytes, bytes]]:
-    """What is left, in OpenAI's headers."""
-    found = {
-        "limit-requests": left.limit_requests, "remaining-requests": left.left_requests,
-        "limit-tokens": left.limit_tokens, "remaining-tokens": left.left_tokens,
-    }  # fmt: skip
-    told = {name: str(value) for name, value in found.items() if value is not None}
-    return [(f"x-ratelimit-{name}".encode(), value.encode()) for name, value in told.items()]
-
-
-def _spent(left: Allowance, extra: list[tuple[bytes, bytes]]) -> Any:
-    headers = {name.decode(): value.decode() for name, value in extra}
-    headers["retry-after"] = str(left.retry_after_s)
-    what = f"this key's budget of {left.of} is used up; try again in {left.retry_after_s} s"
-    return problems.refusal(429, what, "rate_limit_exceeded", headers)
 
 
 def _unknown(why: str) -> Any:

@@ -52,6 +52,7 @@ KEYS = Table(
     Column("name", String), Column("prefix", String), Column("sha256", String), Column("scopes", String),
     Column("requests_per_minute", Integer), Column("tokens_per_day", BigInteger),
     Column("created_at", String), Column("expires_at", String), Column("revoked_at", String),
+    Column("tokens_per_month", BigInteger), Column("concurrent_requests", Integer),  # `schema.quotas`
 )  # fmt: skip
 
 ALLOWANCES = Table(
