@@ -25,6 +25,7 @@ from luthier.rows import Call, Message, Role, Tools
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MARKS = re.compile(r"\[TOOL_CALLS\]|<\|python_tag\|>")
+TAGGED = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}|$)", re.DOTALL)
 LONGEST = 256 * 1024  # characters of one call; longer is the answer's text
 
 DESCRIPTION = """You may call these functions:
@@ -118,6 +119,28 @@ def forced(tools: Tools, name: str | None = None) -> dict[str, Any]:
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
+def called(text: str) -> list[tuple[str, dict[str, Any] | None]]:
+    """Every call that a whole answer makes, in any convention and of whatever name; None: no arguments that
+    are an object. What stands between tags and cannot be read is a call without a name."""
+    tagged = TAGGED.findall(text)
+    if tagged:
+        return [_said(_json(inside)) or ("", None) for inside in tagged]
+    bare = _json(MARKS.sub("", text))
+    return [call for one in (bare if isinstance(bare, list) else [bare]) if (call := _said(one))]
+
+
+def _said(held: object) -> tuple[str, dict[str, Any] | None] | None:
+    if not isinstance(held, dict) or not isinstance(held.get("name"), str):
+        return None
+    given = held.get("arguments", held.get("parameters", {}))
+    return held["name"], arguments(given) if isinstance(given, str) else _object(given)
+
+
+def arguments(text: str) -> dict[str, Any] | None:
+    """A call's arguments out of their text, if that is a JSON object."""
+    return _object(_json(text))
+
+
 class Listener:
     """Feed it an answer's text; it gives back words, and calls once they are whole."""
 
@@ -204,6 +227,10 @@ def _call(held: object, names: Collection[str]) -> Call | None:
     if not isinstance(arguments, dict):
         return None
     return Call(f"call_{uuid.uuid4().hex[:24]}", held["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def _object(held: object) -> dict[str, Any] | None:
+    return held if isinstance(held, dict) else None
 
 
 def _json(text: str) -> object:

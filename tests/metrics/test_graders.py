@@ -42,6 +42,43 @@ def test_multi_adds_up_what_its_formula_says() -> None:
     assert score(BOTH, "the cat", answer="the cat") == 1.0
 
 
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
+RIGHT = [{"id": "a", "function": {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}}]
+CALLED = '<tool_call>{"name": "%s", "arguments": %s}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        (CALLED % ("weather", '{"days": 2, "city": "Rome"}'), 1.0),
+        ("I look. " + CALLED % ("weather", '"{\\"days\\": 2, \\"city\\": \\"Rome\\"}"'), 1.0),
+        ('[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome", "days": 2}}]', 1.0),
+        ('{"name": "weather", "parameters": {"city": "Rome", "days": 2}}', 1.0),
+        (CALLED % ("weather", '{"city": "Rome"}'), 0.25),
+        (CALLED % ("weather", "no JSON"), 0.0),
+        (CALLED % ("time", '{"city": "Rome", "days": 2}'), 0.0),
+        (CALLED % ("forecast", '{"city": "Rome", "days": 2}'), 0.0),
+        (CALLED % ("weather", '{"city": "Rome", "days": 2}') * 2, 0.0),
+        ("It is sunny in Rome.", 0.0),
+    ],
+)
+def test_a_tool_call_is_worth_what_is_right_about_it(said: str, value: float) -> None:
+    grader = {"type": "tool_call", "name": "called", "partial": 0.25}
+    assert score(grader, said, tool_calls=RIGHT, tools=TOOLS) == value
+    assert score(grader, said, tool_calls=[], tools=TOOLS) == float(
+        "<tool" not in said and '"name"' not in said
+    )
+
+
+def test_a_row_without_readable_calls_is_the_graders_error_and_not_the_models() -> None:
+    grader = {"type": "tool_call", "name": "called"}
+    for item in ({"tool_calls": "weather", "tools": TOOLS}, {"tool_calls": [{}], "tools": TOOLS},
+                 {"tool_calls": RIGHT, "tools": [3]}, {"tool_calls": RIGHT}):  # fmt: skip
+        with pytest.raises(GraderError) as told:
+            score(grader, "hello", **item)
+        assert told.value.flag == "invalid_variable_error"
+
+
 @pytest.mark.parametrize("kind", ["python", "endpoint", "label_model"])
 def test_a_grader_that_is_a_program_or_another_host_is_refused_by_name(kind: str) -> None:
     with pytest.raises(GraderError, match=f"type '{kind}' are not taken"):

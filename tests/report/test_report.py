@@ -301,3 +301,22 @@ def test_the_report_needs_no_torch() -> None:
     code = "import sys, luthier.report; print('torch' in sys.modules or 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_what_only_pairs_or_tool_calls_have_is_told_beside_the_accuracy(tmp_path: Path) -> None:
+    folders, run = made_run.make(tmp_path)
+    path = folders["evaluate"] / "scorecard.json"
+    card = json.loads(path.read_text())
+    judged = {"margin": 3.214, "preferred": 0.83, "preferred_low": 0.76, "preferred_high": 0.88}
+    card["systems"]["tuned"] |= judged
+    calls = dict.fromkeys(("wrong_function", "wrong_arguments", "missing", "unasked"), 0)
+    card["calls"] = {"rows": 40, "systems": {
+        "base": calls | {"right": 12, "hallucinated": 7, "missing": 21},
+        "tuned": calls | {"right": 40, "hallucinated": 0},
+    }}  # fmt: skip
+    path.write_text(json.dumps(card))
+    shown = Page(report.render(report.gather(folders, run))).text
+    assert "Preference accuracy" in shown
+    assert "The reward margin is +3.21 nats a pair, above 0 in 83.0 % of pairs" in shown
+    assert "12 of 40 right; 7 of functions that do not exist, 21 not made" in shown
+    assert "40 of 40 right" in shown

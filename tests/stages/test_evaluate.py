@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier import artifacts
+from luthier import artifacts, template
+from luthier.engine.generate import Runtime
 from luthier.errors import DataError, Interrupted
-from luthier.stages import Inputs, evaluate
+from luthier.rows import chat
+from luthier.stages import Inputs, _called, evaluate
 from luthier.statistics import mcnemar, scores, wilson
 from tests.stages.judging import LABELS, evaluate_section, heard, stopping_after, trained
 
@@ -147,3 +149,58 @@ def test_the_scorecard_says_whose_rows_were_asked(inputs: Inputs, tmp_path: Path
     facts = evaluate.run(section, inputs, tmp_path)
     assert facts["rows"] == 8
     assert artifacts.read_json(tmp_path / "scorecard.json")["split"] == "validation"
+
+
+def test_rows_with_tools_are_asked_with_their_tools_and_their_calls_are_told_apart(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    inputs = trained(tmp_path / "trained", tiny_base)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    asked = [{"role": "user", "content": "Is it warm in Rome?"}]
+    answer = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = chat([*asked, *answer], "here:1", tools)
+    rows = inputs.artefacts["data"] / "rows" / "test.jsonl"
+    artifacts.write_jsonl(rows, [row.as_record(), chat([*asked, answered("yes")], "here:2").as_record()])
+    section = evaluate_section(labels=(), positive=None, baselines=[], max_new_tokens=12)
+    facts = evaluate.run(section, inputs, tmp_path / "out")
+    found = artifacts.read_json(tmp_path / "out" / "scorecard.json")["calls"]
+    assert facts["calls"] == found and found["rows"] == 1
+    for name in ("base", "tuned"):  # a random model calls nothing
+        assert found["systems"][name]["missing"] == 1 and found["systems"][name]["right"] == 0
+    tokenizer = template.load_tokenizer(tiny_base)
+    alone, offered = (template.prompt_ids(tokenizer, row.prompt, some) for some in ((), row.tools))
+    model = Runtime.load(tiny_base)
+    said = artifacts.read_jsonl(tmp_path / "out" / "samples.jsonl")[0]["answers"]["base"]
+    texts = [
+        tokenizer.decode(
+            model.greedy([ids], 12, None, template.stop_ids(tokenizer))[0], skip_special_tokens=True
+        )
+        for ids in (alone, offered)
+    ]
+    assert said == texts[1].strip() != texts[0].strip()
+
+
+def test_an_answers_calls_are_judged_against_the_rows_own() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    asked = {"role": "user", "content": "Is it warm in Rome?"}
+    calling = chat([asked, {"role": "assistant", "content": "", "tool_calls": [call]}], "here:1", tools)
+    plain = chat([asked, answered("yes")], "here:2", tools)
+    spelt = '<tool_call>{"name": "%s", "arguments": {"city": "%s"}}</tool_call>'
+    texts = {
+        "base": [spelt % ("forecast", "Rome"), spelt % ("time", "Rome")],
+        "tuned": [spelt % ("weather", "Rome"), "yes"],
+        "other": [spelt % ("weather", "Paris"), "no"],
+    }
+    found = _called.rates([calling, plain], texts)
+    assert found is not None and found["rows"] == 2
+    assert found["systems"]["tuned"]["right"] == 2
+    assert (found["systems"]["base"]["hallucinated"], found["systems"]["base"]["unasked"]) == (1, 1)
+    assert (found["systems"]["other"]["wrong_arguments"], found["systems"]["other"]["right"]) == (1, 1)
+    assert _called.said(calling, texts["tuned"][0]) == calling.answer
+    assert _called.said(plain, "yes") is None and _called.rates([], {}) is None
+
+
+def answered(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def serve(job: dict[str, Any]) -> None:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
     server = llama.Server(params)
     print(server.listening_address, file=sys.stderr, flush=True)
-    threading.Event().wait()
+    with suppress(KeyboardInterrupt):  # how the leash asks it to end
+        threading.Event().wait()
 
 
 if __name__ == "__main__":

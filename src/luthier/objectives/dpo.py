@@ -6,7 +6,8 @@ with a chosen answer w and a rejected one l, the sum over their tokens being log
     L = - log sigmoid(beta * m),    m = (log p(w|x) - log q(w|x)) - (log p(l|x) - log q(l|x))
 
 where q is the reference, the model before training. With `label_smoothing` e the preference is taken to be
-wrong with probability e (Mitchell 2023, conservative DPO):
+wrong with probability e (conservative DPO: Mitchell 2023, "A note on DPO with noisy preferences &
+relationship to IPO", https://ericmitchell.ai/cdpo.pdf, equation 3):
 
     L = - (1 - e) log sigmoid(beta m) - e log sigmoid(-beta m)
 

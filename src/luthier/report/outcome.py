@@ -121,16 +121,34 @@ def _comparison(record: ReportInput) -> tuple[str, str | None, bool]:
     before = f"{percent(base['accuracy'])} → " if base else ""
     within = f"95 % interval {interval(tuned.get('low'), tuned.get('high'))}"
     against = f", {p_value(pair.get('p'))} against {UNTUNED[key]}" if pair else ""
-    sentence = f"Accuracy {before}{percent(tuned['accuracy'])} on {rows} {_kind(record)} ({within}{against})."
+    what = "Accuracy" if margin(record) is None else "Preference accuracy"
+    sentence = f"{what} {before}{percent(tuned['accuracy'])} on {rows} {_kind(record)} ({within}{against})."
     if base and float(tuned["accuracy"]) <= float(base["accuracy"]):
         sentence += " Tuning did not help."
     elif (number(pair.get("p")) or 0.0) >= 0.05:
         sentence += " This could be chance."
-    sentence += _against_champion(found, float(tuned["accuracy"]))
+    sentence += _margin(record) + _against_champion(found, float(tuned["accuracy"]))
     caveat, first = _caveat(
         [(name, entry) for name, entry in found.items() if name not in ("base", "tuned", "champion")], tuned
     )
     return sentence, caveat, first
+
+
+def margin(record: ReportInput) -> Record | None:
+    """Where pairs were judged: the tuned model, whose implicit reward's margin is known."""
+    tuned = mapping(mapping(record.scorecard.get("systems")).get("tuned"))
+    return tuned if number(tuned.get("margin")) is not None else None
+
+
+def _margin(record: ReportInput) -> str:
+    tuned = margin(record)
+    if tuned is None:
+        return ""
+    within = interval(tuned.get("preferred_low"), tuned.get("preferred_high"))
+    return (
+        f" The reward margin is {number(tuned['margin']):+.2f} nats a pair, above 0 in "
+        f"{percent(tuned.get('preferred'))} of pairs (95 % interval {within})."
+    )
 
 
 def rewards(record: ReportInput) -> list[tuple[str, float, Record]]:
@@ -230,6 +248,9 @@ def tiles(record: ReportInput) -> list[Tile]:
             else _kind(record)
         )
         said.append(Tile(percent(tuned["accuracy"]), "accuracy", gain))
+    if (judged := margin(record)) is not None:
+        ahead = f"above 0 in {percent(judged.get('preferred'))} of pairs"
+        said.append(Tile(f"{number(judged['margin']):+.2f}", "reward margin, in nats", ahead))
     if number(tuned.get("f1")) is not None:
         positive = record.scorecard.get("positive")
         about = f"for “{clip(visible(positive), 24)}”" if positive else "over all labels"

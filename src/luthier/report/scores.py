@@ -17,6 +17,13 @@ from luthier.report.numbers import clip, count, interval, number, p_value, perce
 from luthier.report.outcome import system_name, systems
 
 LIMIT = 8
+CALLS = {
+    "hallucinated": "of functions that do not exist",
+    "wrong_function": "of another function",
+    "wrong_arguments": "with other arguments",
+    "missing": "not made",
+    "unasked": "not asked for",
+}
 TEXT_LIMIT = 320
 
 
@@ -72,7 +79,19 @@ def pairs(record: ReportInput) -> list[tuple[str, str]]:
         label = f"{system_name(first)} against {system_name(second)}"
         only = f"{count(mapping(entry).get('wins'))} rows won, {count(mapping(entry).get('losses'))} lost"
         told.append((label, f"{only}, {p_value(mapping(entry).get('p'))} (paired test)"))
-    return [*told, *_likelihoods(record)]
+    return [*told, *_called(record), *_likelihoods(record)]
+
+
+def _called(record: ReportInput) -> list[tuple[str, str]]:
+    """How each system called the tools that its rows offer."""
+    calls = mapping(record.scorecard.get("calls"))
+    told = []
+    for key, entry in mapping(calls.get("systems")).items():
+        kinds = {kind: number(mapping(entry).get(kind)) or 0 for kind in CALLS}
+        wrong = ", ".join(f"{count(kinds[kind])} {CALLS[kind]}" for kind in CALLS if kinds[kind])
+        right = f"{count(mapping(entry).get('right'))} of {count(calls.get('rows'))} right"
+        told.append((f"tool calls, {system_name(str(key))}", right + (f"; {wrong}" if wrong else "")))
+    return told
 
 
 def _likelihoods(record: ReportInput) -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ STAGES = {
     "model": Declared(version=1, needs=("data",), external=True),
     "plan": Declared(version=3, needs=("data", "model")),
     "train": Declared(version=4, needs=("data", "model", "plan"), saves_on_stop=True),
-    "evaluate": Declared(version=2, needs=("data", "model", "plan", "train")),
+    "evaluate": Declared(version=3, needs=("data", "model", "plan", "train")),
     "release": Declared(
         version=1, needs=("data", "model", "plan", "train", "evaluate"), named=True, wants_champion=True
     ),

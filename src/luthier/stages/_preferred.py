@@ -1,6 +1,7 @@
 """Evaluation on pairs: how often base and tuned find the chosen answer likelier than the rejected one.
 
-Sources: ranking accuracy (Chen et al. 2024, arXiv 2405.19534), which the untouched base has too, so that
+Sources: ranking accuracy (Chen et al. 2024, "Preference Learning Algorithms Do Not Learn Preference
+Rankings", arXiv 2405.19534), which the untouched base has too, so that
 both can be compared row by row; and for the tuned model the implicit reward's margin and how often it is
 above 0 (Rafailov et al. 2023, arXiv 2305.18290), without beta, in nats. Intervals are Wilson's, the
 comparison is exact and paired. Loss is that of the chosen answers' tokens. It does not know gates, nor who

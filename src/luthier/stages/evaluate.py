@@ -1,7 +1,8 @@
 """Stage 5, evaluate: base, tuned and honest baselines on the same held-out rows, each with its uncertainty.
 
 Every system is read by one lenient rule: the first label that stands in its answer as a word of its own.
-An answer without a label is wrong, and counted. What was trained by a grader's reward is examined by that
+An answer without a label is wrong, and counted. A row's tools are offered with its prompt, and how they were
+called is told apart (`stages._called`). What was trained by a grader's reward is examined by that
 grader (`stages._graded`). Intervals are Wilson's, comparisons exact and paired (`statistics`). Loss and
 perplexity are over answer tokens. Latencies are of single streams, the way answers are served; they are
 observed, so they lie outside the scorecard's digest.
@@ -29,8 +30,8 @@ from luthier.engine.sampling import Sampling
 from luthier.engine.score import likelihood
 from luthier.errors import DataError, Interrupted
 from luthier.plugins import Part
-from luthier.rows import Chat, Message, Pair, again
-from luthier.stages import Event, Inputs, _graded, _preferred
+from luthier.rows import Chat, Message, Pair, Tools, again
+from luthier.stages import Event, Inputs, _called, _graded, _preferred
 from luthier.stages._rollouts import Exam as Graded
 
 TUNED = "tuned"
@@ -48,14 +49,30 @@ class Exam:
     section: Any
     tell: Callable[[Event], None]
 
-    def answer(self, prompts: Sequence[Sequence[Message]], adapter: str | None, who: str) -> list[str]:
-        """Greedy answers as text."""
-        tokens = self.tokens(prompts, adapter, who)
+    def answer(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        adapter: str | None,
+        who: str,
+        tools: Sequence[Tools] | None = None,
+    ) -> list[str]:
+        """Greedy answers as text. `tools`: what each prompt offers."""
+        tokens = self.tokens(prompts, adapter, who, tools)
         return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in tokens]
 
-    def tokens(self, prompts: Sequence[Sequence[Message]], adapter: str | None, who: str) -> list[list[int]]:
+    def tokens(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        adapter: str | None,
+        who: str,
+        tools: Sequence[Tools] | None = None,
+    ) -> list[list[int]]:
         """Greedy answers, many prompts at a time."""
-        ids = [template.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        offered = tools or [()] * len(prompts)
+        ids = [
+            template.prompt_ids(self.tokenizer, prompt, some)
+            for prompt, some in zip(prompts, offered, strict=True)
+        ]
         told = _progress(self.tell, who)
         return self.runtime.greedy(ids, self.section.max_new_tokens, adapter, self.stop_ids, told)
 
@@ -100,12 +117,17 @@ def _objective(inputs: Inputs) -> Part:
 
 def _exam(exam: Exam, inputs: Inputs) -> Found:
     """Answers held against the rows' own, and honest baselines beside them."""
-    prompts = [row.prompt for row in exam.rows]
+    prompts, tools = [row.prompt for row in exam.rows], [row.tools for row in exam.rows]
     texts = {
-        "base": exam.answer(prompts, None, "base model"),
-        TUNED: exam.answer(prompts, TUNED, "tuned model"),
+        "base": exam.answer(prompts, None, "base model", tools),
+        TUNED: exam.answer(prompts, TUNED, "tuned model", tools),
     }
-    said = {name: [exam.read(text) for text in answers] for name, answers in texts.items()}
+    said = {
+        name: [
+            _called.said(row, text) or exam.read(text) for row, text in zip(exam.rows, answers, strict=True)
+        ]
+        for name, answers in texts.items()
+    }
     notes: dict[str, dict[str, Any]] = {name: {"note": note} for name, note in _graded.NOTES.items()}
     fitted_s = {}
     for part in exam.section.baselines:
@@ -115,6 +137,8 @@ def _exam(exam: Exam, inputs: Inputs) -> Found:
         said[part.name] = found.said
         notes[part.name] = {"note": found.note, **found.chosen}
     card = _scorecard(exam, said, notes)
+    if (calls := _called.rates(exam.rows, texts)) is not None:
+        card["calls"] = calls
     card["loss"], card["perplexity"] = _likelihoods(exam, inputs.seed)
     return card, _samples(exam.rows, texts, said), fitted_s
 
@@ -283,7 +307,7 @@ def _efficiency(exam: Exam, base: Path, adapter: Path, seed: int) -> dict[str, A
     first, total, tokens = [], [], 0
     told = _progress(exam.tell, "latency of single requests")
     for n, row in enumerate(rows):
-        prompt = template.prompt_ids(exam.tokenizer, row.prompt)
+        prompt = template.prompt_ids(exam.tokenizer, row.prompt, getattr(row, "tools", ()))
         began = time.perf_counter()
         for count, _ in enumerate(
             exam.runtime.stream(prompt, Sampling(exam.section.max_new_tokens), TUNED, exam.stop_ids)
@@ -330,6 +354,7 @@ def _facts(card: dict[str, Any], efficiency: dict[str, Any]) -> dict[str, Any]:
         "rows": card["rows"],
         "systems": {name: {key: score[key] for key in shown if key in score} for name, score in systems},
         "paired": card["paired"],
+        **({"calls": card["calls"]} if "calls" in card else {}),
         "loss": card["loss"],
         "perplexity": card["perplexity"],
         "latency_p50_s": efficiency["latency"]["p50"],
