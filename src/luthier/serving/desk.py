@@ -9,9 +9,9 @@ no other waits, and is dropped for the first that comes.
 
 A queue that fills up in a burst and drains again does no harm; one that stands makes everybody late. So when
 half the queue is full, until `RUSH_S` after the last refusal or until nothing is left to do, waiting is
-bounded by time: a newcomer is let in only if its first token can be expected (`serving.pace`) within
-`Limits.first_s`, or within `PATIENCE` times what reading its prompt alone takes, whichever is more, and who
-has waited that long without a place is refused after all ("Fail at Scale", Maurer, ACM Queue 2015). A tenant
+bounded by time ("Fail at Scale", Maurer, ACM Queue 2015). The bound is `Limits.first_s`, or `PATIENCE` times
+what reading a prompt alone takes, whichever is more: who has waited so long without a place is refused after
+all, and a newcomer is let in only if its first token can be expected (`serving.pace`) in half of it. A tenant
 with less than its share of the places may even then have one request wait for its next place, however long
 that is.
 
@@ -41,6 +41,7 @@ WRITTEN = 2.0  # what a written token costs beside a read one
 QUEUE = 4096  # the desk bounds the queue; the engine's own behind it only has to be no narrower
 RUSH_S = 2.0
 PATIENCE = 4.0  # of a prompt's own reading time: a slow model may let wait longer
+SURE = 0.5  # of what is bearable: what is foreseen comes about only so often
 READING_S = 0.3
 LOOK_S = 0.05  # between two looks for requests that have waited too long
 TENANTS = 10_000  # counters kept; the least served of the idle are forgotten beyond
@@ -166,12 +167,12 @@ class Desk:
         return [_seen(line) for line in self._places()]
 
     def _late_s(self) -> float:
-        """How much later than bearable a newcomer's first token is to be expected; 0 or less: it is not."""
+        """How much too late a newcomer's first token is to be expected; 0 or less: it is not too late."""
         running = self._running_now()
         ahead = [len(line.ask.prompt_ids) for lines in self._waiting.values() for line in lines]
         if not ahead and len(running) < self._limits.active and not any(one.unread for one in running):
             return 0.0  # whatever was measured: it will be measured anew
-        return self._pace.first_s(running, ahead, self._limits.active) - self._bearable_s()
+        return self._pace.first_s(running, ahead, self._limits.active) - SURE * self._bearable_s()
 
     def _bearable_s(self) -> float:
         return max(self._limits.first_s, PATIENCE * self._pace.own_s())
