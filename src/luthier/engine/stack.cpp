@@ -50,10 +50,12 @@ inline void norm(const bf16* x, const bf16* weight, bf16* y, long width, float e
 
 inline void turn(bf16* x, const bf16* cosine, const bf16* sine, long turned) {  // rotary positions
     const long half = turned / 2;
-    for (long i = 0; i < half; ++i) {
-        const float low = wide(x[i]), high = wide(x[half + i]);
-        x[i] = narrow(low * wide(cosine[i]) - high * wide(sine[i]));
-        x[half + i] = narrow(high * wide(cosine[half + i]) + low * wide(sine[half + i]));
+    for (long i = 0; i < half; i += 16) {
+        const __mmask16 some = half - i < 16 ? __mmask16((1u << (half - i)) - 1) : __mmask16(0xffff);
+        const __m512 low = wide(some, x + i), high = wide(some, x + half + i);
+        const __m512 back = _mm512_mul_ps(high, wide(some, sine + i)), forth = _mm512_mul_ps(low, wide(some, sine + half + i));
+        put(some, x + i, _mm512_fmsub_ps(low, wide(some, cosine + i), back));
+        put(some, x + half + i, _mm512_fmadd_ps(high, wide(some, cosine + half + i), forth));
     }
 }
 

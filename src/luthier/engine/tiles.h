@@ -25,6 +25,8 @@ using bf16 = uint16_t;
 constexpr long TILE = 16;   // outputs of a tile; keys of a block of the cache
 constexpr long ROWS = 12;   // tokens whose sums are held in registers, with two tiles
 constexpr long PIECE = 24;  // tokens of one adapter that one thread takes at a time
+constexpr long AHEAD = 4096;  // bytes: weights are asked for while those before them are multiplied; a CPU's own
+                              // foresight ends with a page
 
 struct Linear {            // layers that read the same input, as one
     const bf16* weight;    // (tiles, width / 2, 16, 2)
@@ -42,16 +44,10 @@ struct Linear {            // layers that read the same input, as one
 inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m512 wide(const bf16* x) { return wide(_mm256_loadu_si256((const __m256i*)x)); }
 inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512 wide(__mmask16 some, const bf16* x) { return wide(_mm256_maskz_loadu_epi16(some, x)); }
+inline void put(__mmask16 some, bf16* to, __m512 x) { _mm256_mask_storeu_epi16(to, some, narrow(x)); }
 inline __m512 rounded(__m512 x) { return wide(narrow(x)); }
 inline void put(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, narrow(x)); }
-inline float wide(bf16 x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-inline bf16 narrow(float x) { return bf16(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x)), 0)); }
-
 inline __m512 power(__m512 x) {  // e to the x
     x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
     const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
@@ -104,7 +100,11 @@ inline void sums(const bf16* w, long apart, const bf16* x, long stride, long pai
     for (long p = 0; p < pairs; ++p) {
         __m512bh row[TILES];
 #pragma GCC unroll 2
-        for (int i = 0; i < TILES; ++i) row[i] = (__m512bh)_mm512_loadu_si512(w + i * apart + p * 2 * TILE);
+        for (int i = 0; i < TILES; ++i) {
+            const bf16* line = w + i * apart + p * 2 * TILE;
+            row[i] = (__m512bh)_mm512_loadu_si512(line);
+            _mm_prefetch((const char*)line + AHEAD, _MM_HINT_T1);
+        }
 #pragma GCC unroll 12
         for (int r = 0; r < COUNT; ++r) {
             int32_t pair;
