@@ -130,6 +130,11 @@ def test_the_rows_of_a_tenants_jobs_fit_into_its_room(world: World) -> None:
     assert states[1].error and states[1].error["code"] == "storage_quota_exceeded"
     held = sum(path.stat().st_size for path in (world.home.path / "jobs" / "rows").iterdir())
     assert held <= int(1.5 * len(data[0]))
+    rows = examine.rows_path(here.home, jobs[0], jobs[0].training_sha256)
+    rows.unlink()
+    full = Uploads(world.store, world.home, Limits(tenant_bytes=1))
+    examine.restore(jobs[0], full, here.home)  # another machine's worker: it was let in once
+    assert rows.exists()
     same = here.create(training_file=jobs[0].training_file)  # the same rows are no more rows
     examine.examine(same, here.queue, (here.store, here.uploads, here.home))
     assert here.queue.get(TENANT, same.id).status == "queued"

@@ -104,14 +104,16 @@ def _graded(job: Job) -> Part | None:
 
 
 def carry(
-    job: Job, uploads: Uploads, home: Home, file: tuple[str, str, str], others: Sequence[Job] = ()
+    job: Job, uploads: Uploads, home: Home, file: tuple[str, str, str], others: Sequence[Job] | None = None
 ) -> int:
-    """Check an upload and write its rows, beside those of the tenant's `others`; returns how many there are,
-    or raises `Wrong`."""
+    """Check an upload and write its rows; returns how many there are, or raises `Wrong`. With `others`, the
+    tenant's jobs, there must be room for them; rows that had room once are written again without it."""
     param, upload_id, sha256 = file
     kind = KINDS[Create.model_validate(job.asked).how.type]
     target = rows_path(home, job, sha256)
-    most = uploads.room(job.tenant) - _copied((job, *others), home, target)
+    most = None
+    if others is not None:
+        most = uploads.room(job.tenant) - _copied((job, *others), home, target)
     try:
         source = uploads.path(uploads.get(job.tenant, upload_id))
         return write(source, target, Carried(kind, param, _graded(job), most))
