@@ -31,7 +31,7 @@ class Limits:
 
     active: int = 16
     waiting: int = 32
-    first_s: float = 0.5
+    first_s: float = 0.4
     adapters: int = 32
     bases: int = 2
     default_tokens: int = 256
