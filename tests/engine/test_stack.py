@@ -173,6 +173,30 @@ def test_a_tokens_bits_do_not_depend_on_company_chunks_or_threads(family: str) -
         torch.set_num_threads(threads)
 
 
+def test_in_int8_each_weight_is_off_by_half_a_step_at_most() -> None:
+    model = make(FAMILIES["llama"]())
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in rounded.model.layers:
+            for linear in (one for one in layer.modules() if isinstance(one, torch.nn.Linear)):
+                step_O1 = linear.weight.float().abs().amax(1, keepdim=True) / 127
+                linear.weight.data = (linear.weight.float() / step_O1).round() * step_O1
+    sequences = Sequences(model, LENGTHS, (0, 1, 0, 0))
+    pairs = adapter_of(model, 1, 5)
+    expected = [
+        truth(rounded.float(), pairs if slot else {}, ids)
+        for slot, ids in zip((0, 1, 0, 0), sequences.ids, strict=True)
+    ]
+    sharp = stack.Stack(copy.deepcopy(model), 40, 2)
+    answers = stack.Stack(model, 40, 2, int8=True)
+    for one in (sharp, answers):
+        one.put(1, pairs)
+    unrounded = Sequences(rounded, LENGTHS, (0, 1, 0, 0)).all(sharp, [LENGTHS])
+    for got, right, other in zip(sequences.all(answers, [LENGTHS]), expected, unrounded, strict=True):
+        gap, other_gap = (float((x.float() - right).norm() / right.norm()) for x in (got, other))
+        assert gap < 0.02 and gap < other_gap  # nearer to the rounded weights' truth than the sharp ones are
+
+
 def test_what_another_left_in_a_block_is_never_heard() -> None:
     model = make(FAMILIES["llama"]())
     answers = stack.Stack(model, 40, 2)

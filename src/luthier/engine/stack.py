@@ -37,9 +37,9 @@ STEADY = frozenset(
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias", "part", "a", "b", "rank", "lows")] + [
-        (name, ctypes.c_int64) for name in ("width", "tiles")
-    ]
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "part", "a", "b", "rank", "lows")
+    ] + [(name, ctypes.c_int64) for name in ("width", "tiles")]
 
 
 class _Layer(ctypes.Structure):
@@ -96,11 +96,13 @@ def has_stack() -> bool:
 class Stack:
     """A model and its cache of `blocks` blocks; `slots` adapters may lie beside it at once.
 
-    The layers' linear weights are taken out of the model: afterwards nothing else can compute with it.
+    The layers' linear weights are taken out of the model: afterwards nothing else can compute with it. With
+    `int8` they are rounded to 8 bits, each output's by its own factor; adapters, norms, embeddings and the head
+    stay as they are.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, blocks: int, slots: int) -> None:
+    def __init__(self, model: Any, blocks: int, slots: int, int8: bool = False) -> None:
         self.blocks = blocks
         self.dtype: torch.dtype = model.dtype
         ids_T = proof(model)
@@ -115,6 +117,8 @@ class Stack:
             found = [_Linears(some, [names[linear] for linear in some], slots + 1, paired)
                      for some, paired in _families(layer)]  # fmt: skip
             self._linears += found
+            for linears in found if int8 else ():
+                linears.squeeze()
             for linear in (linear for some, _ in _families(layer) for linear in some):
                 linear.weight.data = linear.weight.data.new_empty(0)
             where = [self._address(norm) for norm in _norms(layer)]
@@ -214,6 +218,7 @@ class _Linears:
         self.outs, self._width = sum(self._sizes), linears[0].in_features
         weights = [linear.weight.data for linear in linears]
         self._weight = self._tiles(torch.cat(weights))
+        self._scale: Tensor | None = None
         self._bias: Tensor | None = None
         if any(linear.bias is not None for linear in linears):
             zeros = [weight.new_zeros(len(weight)) for weight in weights]
@@ -227,13 +232,20 @@ class _Linears:
 
     def described(self) -> _Linear:
         """Its addresses, which stay what they are."""
-        bias = None if self._bias is None else self._bias.data_ptr()
+        scale, bias = (None if x is None else x.data_ptr() for x in (self._scale, self._bias))
         tables = (row.data_ptr() for row in self._tables)
-        at = (self._weight.data_ptr(), bias, self._part.data_ptr(), *tables)
+        at = (self._weight.data_ptr(), scale, bias, self._part.data_ptr(), *tables)
         return _Linear(*at, self._width, self.outs // TILE)
 
+    def squeeze(self) -> None:
+        """From here on the weights are int8, each output's with the factor that its largest asks for."""
+        scale_NT = self._weight.abs().amax(dim=(1, 3)).float().div(127).clamp(min=1e-12)
+        self._weight = (self._weight.float() / scale_NT[:, None, :, None]).round().to(torch.int8)
+        self._scale = scale_NT.flatten()
+
     def low(self, pairs: Mapping[str, Pair]) -> Low | None:
-        return together(pairs, self.names, self._sizes, self._weight.new_empty(0, self._width))
+        like = torch.empty(0, self._width, dtype=torch.bfloat16)
+        return together(pairs, self.names, self._sizes, like)
 
     def put(self, slot: int, low: Low | None) -> int:
         """An adapter's part, or nothing, into a slot; returns how many numbers its A makes of a token."""

@@ -29,7 +29,8 @@ constexpr long AHEAD = 4096;  // bytes: weights are asked for while those before
                               // foresight ends with a page
 
 struct Linear {            // layers that read the same input, as one
-    const bf16* weight;    // (tiles, width / 2, 16, 2)
+    const void* weight;    // (tiles, width / 2, 16, 2), bfloat16, or int8 where there is a scale
+    const float* scale;    // (tiles * 16), what each output's weights are multiplied by, or null
     const bf16* bias;      // (tiles * 16), or null
     const int64_t* part;   // by tile: which of the layers it belongs to
     const int64_t* a;      // by slot: A of all parts, in tiles as the weights are; 0 where there is none
@@ -86,9 +87,16 @@ struct Team {
 
 // ---- products ------------------------------------------------------------------------------------------------
 
+inline __m512bh line_of(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
+inline __m512bh line_of(const int8_t* w) {  // bfloat16 holds every int8
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w + 1)));
+    return _mm512_cvtne2ps_pbh(high, low);
+}
+
 // Sums of COUNT rows of x with TILES tiles, `pairs` pairs of numbers each; tiles lie `apart` from each other.
-template <int TILES, int COUNT>
-inline void sums(const bf16* w, long apart, const bf16* x, long stride, long pairs, float* out) {
+template <int TILES, int COUNT, class W>
+inline void sums(const W* w, long apart, const bf16* x, long stride, long pairs, float* out) {
     __m512 sum[TILES][COUNT];
 #pragma GCC unroll 2
     for (int i = 0; i < TILES; ++i)
@@ -101,8 +109,8 @@ inline void sums(const bf16* w, long apart, const bf16* x, long stride, long pai
         __m512bh row[TILES];
 #pragma GCC unroll 2
         for (int i = 0; i < TILES; ++i) {
-            const bf16* line = w + i * apart + p * 2 * TILE;
-            row[i] = (__m512bh)_mm512_loadu_si512(line);
+            const W* line = w + i * apart + p * 2 * TILE;
+            row[i] = line_of(line);
             _mm_prefetch((const char*)line + AHEAD, _MM_HINT_T1);
         }
 #pragma GCC unroll 12
@@ -122,8 +130,8 @@ inline void sums(const bf16* w, long apart, const bf16* x, long stride, long pai
 }
 
 // Up to 12 rows, to out[tile][row][16].
-template <int TILES>
-inline void some(const bf16* w, long apart, const bf16* x, long stride, long rows, long pairs, float* out) {
+template <int TILES, class W>
+inline void some(const W* w, long apart, const bf16* x, long stride, long rows, long pairs, float* out) {
     for (long r = 0; r < rows;) {
         const bf16* in = x + r * stride;
         float* to = out + r * TILE;
@@ -147,22 +155,29 @@ struct Rows {  // what a product reads: x by token, and what A made of it
     long low;
 };
 
+template <class W>
+inline void some(long tiles, const W* w, long apart, const bf16* x, long stride, long rows, long pairs, float* out) {
+    if (tiles == 2) some<2>(w, apart, x, stride, rows, pairs, out);
+    else some<1>(w, apart, x, stride, rows, pairs, out);
+}
+
 // Two tiles for all tokens; `done(token, first, second)` takes sums of 16 outputs each.
 template <class Done>
 inline void product(const Linear& linear, long tile, const Rows& in, Done done) {
     alignas(64) float out[2 * ROWS * TILE];
     const long apart = linear.width * TILE, pairs = linear.width / 2, tiles = linear.tiles - tile > 1 ? 2 : 1;
-    const bf16* w = linear.weight + tile * apart;
     for (long first = 0; first < in.tokens; first += ROWS) {
         const long rows = in.tokens - first < ROWS ? in.tokens - first : ROWS;
-        if (tiles == 2) some<2>(w, apart, in.x + first * in.stride, in.stride, rows, pairs, out);
-        else some<1>(w, apart, in.x + first * in.stride, in.stride, rows, pairs, out);
+        const bf16* x = in.x + first * in.stride;
+        if (linear.scale) some(tiles, (const int8_t*)linear.weight + tile * apart, apart, x, in.stride, rows, pairs, out);
+        else some(tiles, (const bf16*)linear.weight + tile * apart, apart, x, in.stride, rows, pairs, out);
         for (long r = 0; r < rows; ++r) {
             const long slot = in.slots ? in.slots[first + r] : 0;
             const bf16* b = in.slots ? (const bf16*)linear.b[slot] : nullptr;
             __m512 sum[2];
             for (long i = 0; i < tiles; ++i) {
                 sum[i] = _mm512_load_ps(out + (i * ROWS + r) * TILE);
+                if (linear.scale) sum[i] = _mm512_mul_ps(sum[i], _mm512_loadu_ps(linear.scale + (tile + i) * TILE));
                 if (b) {
                     const long rank = linear.rank[slot];
                     const bf16* z = in.z + (first + r) * in.low + linear.part[tile + i] * rank;
