@@ -44,7 +44,11 @@ def page(card: Mapping[str, Any]) -> str:
         f"judge by; licences {', '.join(data['licences'])}; version `{data['version'][:16]}`",
         f"- Training: {training['objective']} with {training['method']}, {training['steps']} steps, "
         f"{training['useful_tokens']:,} tokens, seed {training['seed']}",
-        "",
+        *(
+            ["- Answers with the base's weights rounded to int8", ""]
+            if card.get("weights") == "int8"
+            else [""]
+        ),
         "## Judged by",
         *_scores(card["evaluation"]),
         "",

@@ -182,6 +182,15 @@ class Release(Section):
     champion: Text = Field(default="production", pattern=ALIAS)
     intended_use: Text
     limits: Text = Field(description="what the model must not be trusted with; printed on its card")
+    weights: Literal["trained", "int8"] = Field(
+        default="trained", description="what answers: the base as it was trained on, or rounded to 8 bits"
+    )
+
+    @model_validator(mode="after")
+    def _rounded_weights_are_proven(self) -> Release:
+        if self.weights != "trained" and "parity" not in {gate.name for gate in self.gates}:
+            raise ValueError(f"`weights: {self.weights}` asks for the gate `parity`: add it to `gates`")
+        return self
 
 
 class Monitor(Section):

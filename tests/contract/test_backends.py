@@ -130,6 +130,19 @@ def test_a_stop_string_ends_an_answer_before_itself(world: World, service: Servi
     assert told == text[: text.index(stop)]
 
 
+def test_a_release_judged_in_int8_is_refused_where_it_cannot_be_answered_so(
+    world: World, service: Service
+) -> None:
+    given = ask(service, f"guard@{world.releases[0]}", PROMPTS[0], max_tokens=TOKENS)  # of a float32 base
+    rounded = replace(given, target=replace(given.target, int8=True))
+    try:
+        said, _, end = finish(submit(service, rounded))
+    except Unsupported as error:
+        assert "int8" in error.what
+    else:
+        assert not said and isinstance(end, Failed) and "int8" in end.error.what
+
+
 def test_log_probabilities_come_with_tokens_and_the_likeliest_is_the_greedy_one(
     world: World, service: Service
 ) -> None:

@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
 FAMILIES: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SMALL, head_dim=16),
     "llama, wide heads, all with keys of their own": lambda: LlamaConfig(
-        **SMALL | {"num_attention_heads": 2}, head_dim=96, tie_word_embeddings=True
+        **SMALL | {"num_attention_heads": 2, "vocab_size": 97}, head_dim=96, tie_word_embeddings=True
     ),
     "llama 3's rotary positions": lambda: LlamaConfig(
         **SMALL, head_dim=64,
@@ -227,8 +227,9 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_no_place_in_memory(token:
         sequences.step(stack.Stack(model, 40, 2), LENGTHS)
 
 
-def test_logits_are_those_of_the_models_head() -> None:
-    model = make(FAMILIES["llama"]())
+@pytest.mark.parametrize("words", [112, 97])
+def test_logits_are_those_of_the_models_head(words: int) -> None:
+    model = make(LlamaConfig(**SMALL | {"vocab_size": words}, head_dim=16))
     head = model.lm_head.weight.float().clone()
     answers = stack.Stack(model, 40, 2)
     x_B_E = torch.randn(5, 48).bfloat16()
@@ -248,7 +249,7 @@ def test_an_adapter_of_another_shape_is_refused_and_changes_nothing() -> None:
 
 
 def test_what_is_not_taken_goes_the_other_way() -> None:
-    model = make(LlamaConfig(**SMALL | {"vocab_size": 97}, head_dim=16))
+    model = make(LlamaConfig(**SMALL | {"intermediate_size": 72}, head_dim=16))
     assert not stack.takes(model)
     assert not stack.takes(make(FAMILIES["llama"]()).float())
     answers = Answering(model, 40, 2)

@@ -72,9 +72,9 @@ def make_home(folder: Path, *, releases: int = 3, heads: int = 4) -> World:
     return world
 
 
-def publish_base(home: Home, folder: Path, *, seed: int = 0, heads: int = 4) -> str:
+def publish_base(home: Home, folder: Path, *, seed: int = 0, heads: int = 4, dtype: str = "float32") -> str:
     out = folder / f"model-{seed}"
-    make_tiny_base(out / "base", seed=seed, heads=heads)
+    make_tiny_base(out / "base", seed=seed, heads=heads, dtype=dtype)
     files = {path.name: artifacts.file_digest(path) for path in sorted((out / "base").iterdir())}
     artifacts.write_json(out / "base.json", {"digest": artifacts.digest_of(files)})
     return publish(home, out)

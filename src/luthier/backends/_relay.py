@@ -159,6 +159,7 @@ class Relay:
             ),
             (ask.score_prompt, "score a prompt"),
             (ask.embed, "embed"),
+            (ask.target.int8, "answer with weights in int8, as this release was judged"),
         ):
             if asked:
                 raise Unsupported(

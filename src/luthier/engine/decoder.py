@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from luthier.engine import adapters, pages, stack
-from luthier.engine.answering import Answering
 from luthier.engine.decode import largest
 from luthier.engine.growing import ROOM, AnswerFailed, Ended, Growing, Grown, Read, Room
 from luthier.engine.pages import BLOCK, Pool
@@ -41,14 +40,13 @@ log = logging.getLogger("luthier.engine")
 class Decoder:
     """A base model in memory, the adapters beside it, and every answer that grows from them."""
 
-    def __init__(self, model: Any, base_digest: str, room: Room = ROOM) -> None:
+    def __init__(self, model: Any, base_digest: str, room: Room = ROOM, int8: bool = False) -> None:
         config = model.config.get_text_config()
         self.context = int(config.max_position_embeddings)
         self.room = room
         self._base_digest = base_digest
         blocks = _blocks(config, model.dtype.itemsize, room)
-        kind = stack.Stack if stack.takes(model) else Answering
-        self._answering = kind(model, blocks, room.adapters)
+        self._answering = stack.ready(model, blocks, room.adapters, int8)
         self.pool = Pool(blocks)
         self._slots: dict[str, int] = {}
         self._free_slots = list(range(room.adapters, 0, -1))
@@ -57,7 +55,10 @@ class Decoder:
         self._lost: list[Grown] = []
 
     @classmethod
-    def load(cls, base: Path, base_digest: str, room: Room = ROOM, threads: int | None = None) -> Decoder:
+    def load(
+        cls, base: Path, digest: str, room: Room = ROOM, threads: int | None = None, int8: bool = False
+    ) -> Decoder:
+        """A base from its folder; with `int8` its layers' weights are rounded to 8 bits."""
         if threads is not None:
             torch.set_num_threads(threads)
         transformers_logging.disable_progress_bar()
@@ -71,7 +72,7 @@ class Decoder:
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"transformers cannot load this base model: {error}", where=str(base)) from error
-        return cls(model, base_digest, room)
+        return cls(model, digest, room, int8)
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from luthier.engine import native
 from luthier.engine.adapters import Pair
-from luthier.engine.answering import SIBLINGS, heard, require_known, together
+from luthier.engine.answering import SIBLINGS, Answering, heard, require_known, together
 from luthier.engine.decode import Laid, Low
 from luthier.engine.pages import BLOCK
 from luthier.engine.proof import plainly, proof, prove
+from luthier.errors import ModelError
 
 SOURCE = Path(__file__).with_name("stack.cpp")
 TILE = 16
@@ -73,7 +74,7 @@ def takes(model: Any) -> bool:
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv = config.num_key_value_heads * head
-    sizes = (config.hidden_size, head, kv, config.intermediate_size, config.vocab_size)
+    sizes = (config.hidden_size, head, kv, config.intermediate_size)
     rotary = getattr(config, "rope_parameters", None) or {}
     return (
         model.dtype is torch.bfloat16
@@ -96,9 +97,9 @@ def has_stack() -> bool:
 class Stack:
     """A model and its cache of `blocks` blocks; `slots` adapters may lie beside it at once.
 
-    The layers' linear weights are taken out of the model: afterwards nothing else can compute with it. With
-    `int8` they are rounded to 8 bits, each output's by its own factor; adapters, norms, embeddings and the head
-    stay as they are.
+    The layers' linear weights are taken out of the model: nothing else can compute with it then. With `int8`
+    they are rounded to 8 bits, each output's by its own factor; adapters, norms, embeddings and the head stay
+    as they are.
     """
 
     @torch.no_grad()
@@ -178,10 +179,10 @@ class Stack:
     def logits(self, hidden_B_E: Tensor) -> Tensor:
         """Float32 logits (B, V)."""
         x_B_E = hidden_B_E.contiguous()
-        out_B_V = torch.empty(len(x_B_E), self._head.outs)
+        out_B_V = torch.empty(len(x_B_E), -(-self._head.outs // TILE) * TILE)
         x, out = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_B_E, out_B_V))
         _library().stack_logits(ctypes.byref(self._head.described()), x, ctypes.c_long(len(x_B_E)), out)
-        return out_B_V
+        return out_B_V[:, : self._head.outs]
 
 
 def _families(layer: Any) -> list[tuple[list[nn.Linear], bool]]:
@@ -206,6 +207,19 @@ def _norms(layer: Any) -> list[Tensor | None]:
     return [None if norm is None else norm.weight.data for norm in norms]
 
 
+def ready(model: Any, blocks: int, slots: int, int8: bool = False) -> Answering | Stack:
+    """A model made ready to answer, the fastest way that it can be."""
+    if takes(model):
+        return Stack(model, blocks, slots, int8)
+    if int8:
+        raise ModelError(
+            "weights in int8 answer on CPUs with AVX512-BF16 (and without AMX), for bfloat16 bases of the "
+            f"families {', '.join(sorted(FAMILIES))}: this base or this machine is another",
+            hint="release with `weights: trained`",
+        )
+    return Answering(model, blocks, slots)
+
+
 class _Linears:
     """Layers that read one input, as tiles; `paired`: half of their outputs each go with one of the other."""
 
@@ -217,16 +231,16 @@ class _Linears:
         self._sizes = [linear.out_features for linear in linears]
         self.outs, self._width = sum(self._sizes), linears[0].in_features
         weights = [linear.weight.data for linear in linears]
-        self._weight = self._tiles(torch.cat(weights))
+        self._weight = self._tiles(_filled(torch.cat(weights)))
         self._scale: Tensor | None = None
         self._bias: Tensor | None = None
         if any(linear.bias is not None for linear in linears):
             zeros = [weight.new_zeros(len(weight)) for weight in weights]
             biases = [zero if linear.bias is None else linear.bias.data
                       for zero, linear in zip(zeros, linears, strict=True)]  # fmt: skip
-            self._bias = self._ordered(torch.cat(biases)[:, None]).flatten()
+            self._bias = self._ordered(_filled(torch.cat(biases)[:, None])).flatten()
         part_O = torch.arange(len(linears)).repeat_interleave(torch.tensor(self._sizes))
-        self._part = self._ordered(part_O[:, None]).flatten()[::TILE].contiguous()
+        self._part = self._ordered(_filled(part_O[:, None])).flatten()[::TILE].contiguous()
         self._tables = torch.zeros(4, slots, dtype=torch.int64)  # addresses of A and B, the rank, tiles of A
         self._lows: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -235,7 +249,7 @@ class _Linears:
         scale, bias = (None if x is None else x.data_ptr() for x in (self._scale, self._bias))
         tables = (row.data_ptr() for row in self._tables)
         at = (self._weight.data_ptr(), scale, bias, self._part.data_ptr(), *tables)
-        return _Linear(*at, self._width, self.outs // TILE)
+        return _Linear(*at, self._width, len(self._weight))
 
     def squeeze(self) -> None:
         """From here on the weights are int8, each output's with the factor that its largest asks for."""
@@ -253,7 +267,7 @@ class _Linears:
         self._lows.pop(slot, None)
         if low is None:
             return 0
-        a_PR_E = nn.functional.pad(low.a_PR_E, (0, 0, 0, -len(low.a_PR_E) % TILE))
+        a_PR_E = _filled(low.a_PR_E)
         a, b = self._lows[slot] = _tiles(a_PR_E), self._tiles(low.b_R_O.T)
         self._tables[:, slot] = torch.tensor([a.data_ptr(), b.data_ptr(), low.rank, len(a)])
         return len(a_PR_E)
@@ -265,6 +279,11 @@ class _Linears:
 
     def _tiles(self, x_O_E: Tensor) -> Tensor:
         return _tiles(self._ordered(x_O_E))
+
+
+def _filled(x_O_N: Tensor) -> Tensor:
+    """With zeros behind, as many whole tiles."""
+    return nn.functional.pad(x_O_N, (0, 0, 0, -len(x_O_N) % TILE))
 
 
 def _tiles(x_O_E: Tensor) -> Tensor:

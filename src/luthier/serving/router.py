@@ -36,7 +36,8 @@ DIGEST = re.compile(r"[0-9a-f]{12,64}")
 class Target:
     """A release, verified: the base to load and the adapter to lay over it, each by its content.
 
-    A bare base has no adapter, and its `release_digest` is the base's own.
+    A bare base has no adapter, and its `release_digest` is the base's own. `int8`: the release was judged,
+    and is to be answered, with the base's weights rounded to 8 bits.
     """
 
     release_digest: str
@@ -45,6 +46,12 @@ class Target:
     base_dir: Path
     adapter_digest: str | None
     adapter_dir: Path | None
+    int8: bool = False
+
+    @property
+    def loaded(self) -> str:
+        """What has to be in memory to answer: releases that share it share one copy."""
+        return f"{self.base_digest}:int8" if self.int8 else self.base_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,8 @@ class Router:
                 hint="an adapter answers only over the base it was trained on",
             )
         digest = _adapter_digest(held, f"{place}/")
-        return Target(holder, name, base["digest"], model / "base", digest, held / place)
+        int8 = release.get("weights") == "int8"
+        return Target(holder, name, base["digest"], model / "base", digest, held / place, int8)
 
     def _bare(self, base: Entry) -> Target:
         """A base as it came, without an adapter."""

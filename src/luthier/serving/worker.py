@@ -250,7 +250,7 @@ class Worker:
             if not self._room_for(ask.target):
                 return
             line.decoder = decoder = self._load(ask.target)
-            writer = self._writers[ask.target.base_digest]
+            writer = self._writers[ask.target.loaded]
             line.text = Unfolding(writer, ask.stops)
             chooser = Chooser(ask.sampling, None if ask.grammar is None else constraint(ask.grammar, writer))
             how = (chooser, ask.target.adapter_digest, ask.stop_ids, ask.score_prompt, ask.embed)
@@ -331,23 +331,23 @@ class Worker:
 
     def _load(self, target: Target) -> Decoder:
         """The decoder of the target's base, with its adapter in place and both marked as just used."""
-        decoder = self._bases.get(target.base_digest)
+        decoder = self._bases.get(target.loaded)
         if decoder is None:
             self._drop_unused_bases()
             limits = self._limits
             room = Room(limits.active, limits.chunk_tokens, limits.adapters, limits.cache_bytes)
-            decoder = Decoder.load(target.base_dir, target.base_digest, room, self._threads)
+            decoder = Decoder.load(target.base_dir, target.loaded, room, self._threads, target.int8)
             writer = template.load_tokenizer(target.base_dir)
             vocabulary(writer)  # takes a second for a large one: now, and not while others' answers grow
             with self._wake:
-                self._bases[target.base_digest] = decoder
-            self._adapters[target.base_digest] = OrderedDict()
-            self._writers[target.base_digest] = writer
+                self._bases[target.loaded] = decoder
+            self._adapters[target.loaded] = OrderedDict()
+            self._writers[target.loaded] = writer
         with self._wake:
-            self._bases.move_to_end(target.base_digest)
+            self._bases.move_to_end(target.loaded)
         if target.adapter_digest is None or target.adapter_dir is None:
             return decoder
-        adapters = self._adapters[target.base_digest]
+        adapters = self._adapters[target.loaded]
         if target.adapter_digest not in adapters:
             self._drop_unused_adapters(decoder, adapters)
             decoder.add(target.adapter_digest, target.adapter_dir)
@@ -357,7 +357,7 @@ class Worker:
 
     def _room_for(self, target: Target) -> bool:
         """Whether the adapter is there, or a place for it is free or can be made free."""
-        adapters = self._adapters.get(target.base_digest)
+        adapters = self._adapters.get(target.loaded)
         if adapters is None or target.adapter_digest is None or target.adapter_digest in adapters:
             return True
         return len(adapters) < self._limits.adapters or not self._used() >= set(adapters)
@@ -367,7 +367,7 @@ class Worker:
 
     def _drop_unused_bases(self) -> None:
         """Make room for one more; bases in use stay, even if that means one too many for a while."""
-        used = {line.ask.target.base_digest for line in self._active if line.row is not None}
+        used = {line.ask.target.loaded for line in self._active if line.row is not None}
         for digest in [digest for digest in self._bases if digest not in used]:
             if len(self._bases) < self._limits.bases:
                 return

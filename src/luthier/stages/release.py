@@ -34,10 +34,11 @@ REHEARSAL = 20  # probes answered whatever the gates ask for
 class Rehearsal:
     """The serving engine with the saved adapter, and the log of what it was asked."""
 
-    def __init__(self, inputs: Inputs, stop_ids: frozenset[int], max_new_tokens: int) -> None:
+    def __init__(self, inputs: Inputs, stop_ids: frozenset[int], max_new_tokens: int, weights: str) -> None:
         base = inputs.artefacts["model"]
         digest = str(artifacts.read_json(base / "base.json")["digest"])
-        self.decoder = Decoder.load(base / "base", digest, Room(rows=1, adapters=1))
+        room = Room(rows=1, adapters=1)
+        self.decoder = Decoder.load(base / "base", digest, room, int8=weights == "int8")
         self.adapter = inputs.digests["train"]
         self.decoder.add(self.adapter, inputs.artefacts["train"] / "adapter")
         self.model, self.stop_ids, self.max_new_tokens = f"{inputs.name}@rehearsal", stop_ids, max_new_tokens
@@ -68,7 +69,7 @@ class Rehearsal:
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     torch.set_num_threads(artifacts.read_json(inputs.artefacts["plan"] / "plan.json")["threads"])
-    evidence, rehearsal = _evidence(inputs)
+    evidence, rehearsal = _evidence(inputs, section.weights)
     for n, probe in enumerate(evidence.probes[:REHEARSAL]):
         rehearsal.serve(probe)
         inputs.tell(Event("release", "rehearsal", n + 1, min(REHEARSAL, len(evidence.probes))))
@@ -95,12 +96,13 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
         **{stage: inputs.digests[stage] for stage in STAGES["release"].needs},
         "base": card["base"]["digest"],
         "base_model_relation": "adapter",
+        "weights": section.weights,
     }
     _write(out, inputs, release, card, rehearsal.log)
     return {"accepted": accepted, "verdicts": verdicts, "champion": release["champion"]}
 
 
-def _evidence(inputs: Inputs) -> tuple[Evidence, Rehearsal]:
+def _evidence(inputs: Inputs, weights: str = "trained") -> tuple[Evidence, Rehearsal]:
     base, train, evaluate = (inputs.artefacts[stage] for stage in ("model", "train", "evaluate"))
     champion = inputs.artefacts.get("champion")
     tokenizer = template.load_tokenizer(base / "base")
@@ -109,7 +111,7 @@ def _evidence(inputs: Inputs) -> tuple[Evidence, Rehearsal]:
     random.Random(inputs.seed).shuffle(rows)
     probes = [template.prompt_ids(tokenizer, again(row).prompt) for row in rows[:PROBES]]
     longest = int(card["max_new_tokens"])
-    rehearsal = Rehearsal(inputs, template.stop_ids(tokenizer), longest)
+    rehearsal = Rehearsal(inputs, template.stop_ids(tokenizer), longest, weights)
     evidence = Evidence(
         scorecard=card,
         correct=_correct(evaluate),
@@ -182,6 +184,7 @@ def _card(section: Any, inputs: Inputs, evidence: Evidence, verdicts: list[dict[
         "name": inputs.name,
         "intended_use": section.intended_use,
         "limits": section.limits,
+        "weights": section.weights,
         "base": {name: base[name] for name in ("source", "architecture", "parameters", "licence", "digest")},
         "data": {
             **{split: data["splits"][split]["rows"] for split in ("train", "validation", "test")},
