@@ -64,7 +64,7 @@ $(CLIENTS)/.ready: tests/clients/requirements.txt
 LM_EVAL := bench/peers/.venvs/lm-eval
 BASE ?= $(firstword $(wildcard $(HOME)/.luthier/artifacts/*/base))
 test-lm-eval: $(STAMP) $(LM_EVAL)/.ready ## lm-evaluation-harness scores BASE over HTTP as it does in process
-	HF_DATASETS_OFFLINE=1 HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python bench/lm_eval_parity.py $(BASE) $(BIN)/luthier bench/results/lm-eval.json
+	HF_DATASETS_OFFLINE=1 HF_HUB_OFFLINE=1 $(LM_EVAL)/bin/python bench/lm_eval_parity.py $(BASE) $(BIN)/luthier $(RESULTS)/$(NAME)-lm-eval.json
 
 $(LM_EVAL)/.ready: bench/lm_eval/requirements.txt
 	$(PYTHON) -m venv $(@D)

@@ -96,10 +96,10 @@ def said(client: OpenAI, model: str) -> str:
 
 
 def method(kind: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The hyperparameters that this script sets; all others are the server's."""
-    chosen: dict[str, Any] = {"n_epochs": given.epochs, "batch_size": 8}
-    if kind == "supervised":
-        chosen["learning_rate_multiplier"] = given.rate
+    """The hyperparameters that this script sets; all others are the server's. A dpo job's learning rate
+    begins at a tenth of a supervised one's: five times the multiplier, and a few rows change the answers."""
+    rate = given.rate if kind == "supervised" else 5 * given.rate
+    chosen: dict[str, Any] = {"n_epochs": given.epochs, "batch_size": 8, "learning_rate_multiplier": rate}
     return {"type": kind, kind: {"hyperparameters": chosen}}
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     ask.add_argument("--api-key", help="default: $OPENAI_API_KEY")
     ask.add_argument("--model", help="the base to tune; default: the first that the server lists")
     ask.add_argument("--epochs", type=int, default=3)
-    ask.add_argument("--rate", type=float, default=5.0, help="learning_rate_multiplier of the supervised job")
+    ask.add_argument("--rate", type=float, default=5.0, help="learning_rate_multiplier; of dpo five times it")
     ask.add_argument("--methods", default="supervised,dpo")
     ask.add_argument("--minutes", type=float, default=30, help="the most to wait for one job")
     given = ask.parse_args()

@@ -71,10 +71,10 @@ def test_names_of_bases_are_plain_and_never_a_releases(tmp_path: Path) -> None:
             admit.base(wrong, {}, here)
     here.store.add_release(ReleaseRecord("d" * 64, "guard", None, True, {}))
     with pytest.raises(ModelError, match="name of a release"):
-        bases.enter(here.store, bases.Entry("guard", {}, "m", "b", {}))
+        bases.enter(here.store, bases.Entry("guard", {}, "m", "b", {}), "test")
     with pytest.raises(NotFound, match="no base model yet"):
         bases.find(here.store, "tiny")
-    bases.enter(here.store, bases.Entry("Tiny", {}, "m", "b", {}))
+    bases.enter(here.store, bases.Entry("Tiny", {}, "m", "b", {}), "test")
     with pytest.raises(NotFound, match="did you mean 'Tiny'"):
         bases.find(here.store, "tiny")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from luthier import audit, budgets, keys
+from luthier.cli import app
 from luthier.errors import NotFound, RecipeError, StoreError
 from luthier.http import quota
 from luthier.keys import Budget, Caller, Scope
@@ -218,3 +221,10 @@ def test_the_database_itself_refuses_to_change_the_log(statement: str, store: St
     with pytest.raises(sqlite3.Error, match="append-only"):
         database.execute(statement)
     database.close()
+
+
+def test_a_misspelt_scope_is_answered_with_the_nearest_right_one(tmp_path: Path) -> None:
+    asked = ["keys", "create", "--scopes", "trian", "--home", str(tmp_path), "--json"]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == RecipeError.exit_code
+    assert "did you mean 'train'?" in json.loads(found.stdout)["error"]["what"], found.output

@@ -260,23 +260,25 @@ def doctor(*, home: Homeish = None) -> Iterator[dict[str, Any]]:
 def chat(
     model: str, messages: Iterable[str], *, max_tokens: int = 256, home: Homeish = None
 ) -> Iterator[str]:
-    """Say `messages` to a release, one after the other, in this process; yields the answers in pieces.
+    """Say `messages` to a model, one after the other, in this process; yields the answers in pieces.
 
-    The conversation begins with the system prompt that all of the release's training rows began with, if any.
+    A model is a release, a base, or what a job tuned (`ft:…`). With a release the conversation begins with
+    the system prompt that all of its training rows began with, if any.
     """
     from luthier.rows import Message, Role
     from luthier.serving.service import Options, Service
 
     place = _place(home)
-    release = find_release(model if "@" in model else f"{model}@production", place.store)
-    turns = [Message(Role.SYSTEM, prompt)] if (prompt := _system_prompt(release, place.store)) else []
+    asked, prompt = model, None  # what is no release's name is the service's to find, or to refuse
+    if model.partition("@")[0] in place.store.names():
+        release = find_release(model if "@" in model else f"{model}@production", place.store)
+        asked, prompt = f"{release.name}@{release.digest}", _system_prompt(release, place.store)
+    turns = [Message(Role.SYSTEM, prompt)] if prompt else []
     with Service(place.store, place.home) as service:
         for message in messages:
             turns.append(Message(Role.USER, message))
             answer = []
-            for piece in service.talk(
-                f"{release.name}@{release.digest}", turns, Options(max_tokens=max_tokens)
-            ):
+            for piece in service.talk(asked, turns, Options(max_tokens=max_tokens)):
                 answer.append(piece)
                 yield piece
             yield "\n"

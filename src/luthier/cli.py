@@ -33,14 +33,6 @@ app = typer.Typer(
     help="Raw rows to a governed, served, reversible fine-tuned language model.",
     epilog="Start with: luthier run examples/guard.yaml",
 )
-app.add_typer(cli_bases.app, name="bases")
-app.command()(cli_bases.share)
-cli_traffic.register(app)
-cli_keys.register(app)
-app.add_typer(cli_jobs.app, name="jobs")
-app.command()(cli_jobs.work)
-app.command("import-openai")(cli_jobs.import_openai)
-
 Recipe = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
 Model = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME@DIGEST", show_default=False)]
 Set = Annotated[
@@ -169,12 +161,12 @@ def serve(  # noqa: PLR0913 - each is an option of the command
 
 @app.command()
 def chat(
-    model: Model,
+    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS, NAME@DIGEST, a base, or ft:…")],
     message: Annotated[str | None, typer.Option("--message", "-m", help="say one thing and leave")] = None,
     max_tokens: int = 256,
     home: Home = None,
 ) -> None:
-    """Talk to a release on this machine, without a server."""
+    """Talk to a model on this machine, without a server."""
     with _door(False):
         from luthier import api
 
@@ -253,6 +245,16 @@ def _spoken(message: str | None) -> Iterator[str]:
             return
         if line.strip():
             yield line
+
+
+# `--help` lists in this order: what a newcomer types first stands first.
+app.add_typer(cli_jobs.app, name="jobs")
+app.command()(cli_jobs.work)
+app.command("import-openai")(cli_jobs.import_openai)
+cli_traffic.register(app)
+app.command()(cli_bases.share)
+app.add_typer(cli_bases.app, name="bases")
+cli_keys.register(app)
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def load(family: str, name: str) -> ModuleType:
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence for a name nobody knows: what it was, the nearest right one, and all there are."""
-    options = list(known)
+    options = [str(option) for option in known]  # a name of an enum is read as its value
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}{guess} (known: {', '.join(options)})"

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 Row = Mapping[str, Any]
+TYPED = ("run", "digest", "id", "base", "job", "release")  # what somebody types next is never cut short
 MARKS = {True: "[green]✓[/]", False: "[red]✗[/]"}
 
 
@@ -28,7 +29,7 @@ def _table(*columns: str) -> Table:
             "minutes",
             "kWh",
         )
-        table.add_column(column, justify="right" if right else "left", no_wrap=column in ("run", "digest"))
+        table.add_column(column, justify="right" if right else "left", no_wrap=column in TYPED)
     return table
 
 
@@ -84,7 +85,7 @@ def plan(console: Console, facts: Row) -> None:
         console.print(f"  [bold]{name:<9}[/]{said}", highlight=False)
     kinds = _table("kind", "GB", "share")
     whole = facts["bytes"]["total"]
-    for kind, count in facts["bytes"].items():
+    for kind, count in sorted(facts["bytes"].items(), key=lambda item: (item[0] == "total", -item[1])):
         if count:
             kinds.add_row(kind, f"{count / 1e9:.3f}", f"{count / whole:.0%}")
     console.print()

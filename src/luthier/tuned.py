@@ -58,6 +58,12 @@ def listed(store: Store, tenant: str | None) -> list[Tuned]:
     ]
 
 
+def has(store: Store, job: str) -> bool:
+    """Whether a model of this job's still has its name."""
+    query = select(TUNED.c.id).where(TUNED.c.job == job, TUNED.c.step.is_(None), TUNED.c.deleted_at.is_(None))
+    return bool(store.rows(query))
+
+
 def delete(store: Store, model: str, tenant: str | None) -> Tuned:
     """The name is gone for good, and those of its checkpoints with it. Sealed folders stay."""
     found = find(store, model, tenant)

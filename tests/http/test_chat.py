@@ -177,6 +177,23 @@ HARMLESS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def test_what_others_offer_and_we_do_not_is_told_in_words(client: Client) -> None:
+    image = turns(("user", [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {}}]))
+    assert (
+        "images, audio and files are not read"
+        in assert_refused(client.ask(body(HELLO) | image), 400)["message"]
+    )
+
+
+def test_a_body_of_countless_lists_is_refused_before_it_is_understood(client: Client) -> None:
+    refused = client.ask(body(HELLO) | {"junk": [[]] * 60_000})
+    assert assert_refused(refused, 400)["code"] == "body_too_large"
+    parts = turns(("user", [{"type": "text", "text": "x"}] * 1025))
+    assert "at most 1024" in assert_refused(client.ask(body(HELLO) | parts), 400)["message"]
+    many = assert_refused(client.ask(body(HELLO) | {"stop": ["a"] * 5}), 400)
+    assert many["message"].startswith("stop: List should have at most 4")
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_field_is_refused_by_name(client: Client, wrong: dict[str, Any]) -> None:
     error = assert_refused(client.ask(body(HELLO) | wrong), 400)

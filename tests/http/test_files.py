@@ -132,6 +132,24 @@ def test_forms_that_are_wrong_are_refused_by_name_and_leave_nothing(server: Clie
     assert stored(here) == before
 
 
+def test_what_stands_beside_the_file_in_a_form_is_bounded(server: Client, here: World) -> None:
+    before = stored(here)
+    whole = (
+        b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n' + DATA + b"\r\n--b--\r\n"
+    )
+    for form in (b"\r\n" * 400_000 + whole, whole + b"\r\n" * 400_000):
+        response = httpx.post(
+            server.url + "/v1/files",
+            content=form,
+            headers={
+                "authorization": f"Bearer {server.key}",
+                "content-type": "multipart/form-data; boundary=b",
+            },
+        )
+        assert refused(response, 413)["code"] == "form_too_large"
+    assert stored(here) == before
+
+
 def head(server: Client, length: int) -> bytes:
     """A request by hand, up to the first byte of its file."""
     return (

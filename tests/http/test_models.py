@@ -16,7 +16,7 @@ from tests.serving.make_home import PROMPTS, World, copy_home
 def own(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     copy = copy_home(world, tmp_path_factory.mktemp("models") / "home")
     base = artifacts_base(copy)
-    enter(copy.store, Entry("Tiny-Base", {}, copy.model, base, {}))
+    enter(copy.store, Entry("Tiny-Base", {}, copy.model, base, {}), "test")
     return copy
 
 

@@ -42,6 +42,13 @@ def test_what_cannot_be_taken_is_refused_by_its_name(fields: Any, param: str, co
     assert (caught.value.param, caught.value.code, caught.value.http_code) == (param, code, 400)
 
 
+def test_a_refusal_tells_every_form_that_would_have_been_taken() -> None:
+    with pytest.raises(Refused, match="'auto' or greater than or equal to 1"):
+        asked(hyperparameters={"n_epochs": 0})
+    with pytest.raises(Refused, match="only letters, digits"):
+        asked(suffix="my nice model")
+
+
 def test_a_missing_field_and_a_body_that_is_no_json_are_named() -> None:
     with pytest.raises(Refused, match="Missing required parameter: 'model'"):
         parse(b'{"training_file": "file-1"}')

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert, select
 
+import luthier
 from luthier import owners, tuned
 from luthier.bases import Entry, enter
 from luthier.errors import GateRefused, NotFound, StoreError
@@ -118,13 +119,16 @@ def test_a_bases_name_is_answered_by_the_base_alone(world: World, tmp_path: Path
     copy = copy_home(world, tmp_path / "home")
     router = Router(copy.store, copy.home)
     digest = router.resolve("guard").base_digest
-    enter(copy.store, Entry("Tiny", {}, copy.model, digest, {}))
+    enter(copy.store, Entry("Tiny", {}, copy.model, digest, {}), "test")
     for tenant in (None, "local", "someone"):
         target = router.resolve("Tiny", tenant)
         assert (target.name, target.adapter_digest, target.adapter_dir) == ("Tiny", None, None)
         assert target.release_digest == target.base_digest == digest
         assert "Tiny" in [entry.model for entry in router.listed(tenant)]
-    enter(copy.store, Entry("Wrong", {}, copy.model, "0" * 64, {}))
+    assert "".join(luthier.chat("Tiny", ["hello"], max_tokens=3, home=copy.home.path)).endswith("\n")
+    with pytest.raises(NotFound, match="did you mean 'Tiny'"):
+        "".join(luthier.chat("Tyny", ["hello"], home=copy.home.path))
+    enter(copy.store, Entry("Wrong", {}, copy.model, "0" * 64, {}), "test")
     with pytest.raises(StoreError, match="does not hold base"):
         router.resolve("Wrong")
 
@@ -195,7 +199,11 @@ def test_a_tuned_model_answers_to_its_own_tenant_until_it_is_deleted(world: Worl
         router.withdraw("guard", "local")
     router.withdraw(step, "a")
     assert [entry.model for entry in router.listed("a")] == [name]
+    by_its_job = f"ftjob-1@{copy.releases[1]}"
+    assert router.resolve(by_its_job, "a").release_digest == copy.releases[1]
     router.withdraw(name, "a")
-    with pytest.raises(NotFound):
-        router.resolve(name, "a")
+    for model in (name, by_its_job):
+        with pytest.raises(NotFound, match="nothing is released here yet"):
+            router.resolve(model, "a")
+    assert router.resolve(by_its_job).release_digest == copy.releases[1]  # the machine's own command line
     assert copy.home.artifact(artefact).is_dir()

@@ -94,6 +94,8 @@ def no_path(path: str) -> str:
     what = f"no such path: {path[:100]}"
     if path.split("/")[1:2] and path.split("/")[1] in BELOW_V1:  # a client whose base_url is the bare url
         what += "; the client's base_url ends with /v1"
+    if path.rstrip("/") == "/v1/responses":
+        what += "; this server speaks /v1/chat/completions"
     return what
 
 

@@ -153,7 +153,8 @@ def parse(data: bytes) -> Create:
 
 
 def _refusal(error: ValidationError) -> Refused:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    first = found[0]
     # A union's branches name themselves in the place; what the client wrote are the lower-case words.
     words = [str(step) for step in first["loc"] if not str(step).startswith(("literal", "constrained"))]
     words = [word for word in words if word.isidentifier() and word not in ("int", "float", "str")]
@@ -169,6 +170,13 @@ def _refusal(error: ValidationError) -> Refused:
     if first["type"] == "json_invalid":
         return Refused("the body is not JSON")
     said = str(first["msg"]).removeprefix("Value error, ")
+    if (
+        first["type"] == "literal_error" and first["loc"][-1] != "type"
+    ):  # `"auto"` or a number: what both want
+        others = [one for one in found[1:] if one["loc"][:-1] == first["loc"][:-1]]
+        said = " or ".join([said, *(str(one["msg"]).removeprefix("Input should be ") for one in others)])
+    if first["type"] == "string_pattern_mismatch":
+        said = "only letters, digits, `.`, `_` and `-` may stand in it"
     return Refused(
         f"Invalid value for '{param}': {said}" if param else said, param=param, code="invalid_value"
     )

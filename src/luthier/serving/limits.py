@@ -12,6 +12,8 @@ from luthier.errors import ServeError
 
 # What one request may ask for, whatever the server's size; checked before any work is done for it.
 MESSAGES = 2048
+PARTS = 1024  # of one message
+NESTS = 50_000  # lists and objects of one body, or as many brackets in its texts
 CHOICES = 8
 PROMPTS = 64
 INPUTS = 256

@@ -96,7 +96,7 @@ class Router:
     def _record(self, model: str, tenant: str | None) -> ReleaseRecord:
         """The release behind NAME, NAME@ALIAS or NAME@DIGEST."""
         spelt = SPELLING.fullmatch(model)
-        if spelt is None or not owners.visible(self._store, spelt["name"], tenant):
+        if spelt is None or not self._visible(spelt["name"], tenant):
             raise self._not_found(model, tenant)
         name, which = spelt["name"], spelt["which"] or DEFAULT_ALIAS
         digest = which if DIGEST.fullmatch(which) else self._store.resolve(name, which)
@@ -106,6 +106,11 @@ class Router:
         if digest == which and not record.accepted:
             raise GateRefused(f"{name}@{which[:12]} was refused by its gates and is not served")
         return record
+
+    def _visible(self, name: str, tenant: str | None) -> bool:
+        """A tuned model that was deleted is gone by its job's name, too, for every client."""
+        given_up = tenant is not None and name.startswith(owners.JOB) and not tuned.has(self._store, name)
+        return not given_up and owners.visible(self._store, name, tenant)
 
     def target(self, release_digest: str, name: str) -> Target:
         """Verify one release and the base it stands on."""
@@ -196,9 +201,8 @@ class Router:
     def _not_found(self, model: str, tenant: str | None) -> NotFound:
         known = [base.name for base in bases.listed(self._store)]
         known += [one.id for one in tuned.listed(self._store, tenant)]
-        known += [
-            f"{name}@{alias}" for name in self._names(tenant) for alias in sorted(self._store.aliases(name))
-        ]
+        names = [name for name in self._names(tenant) if not name.startswith(owners.JOB)]
+        known += [f"{name}@{alias}" for name in names for alias in sorted(self._store.aliases(name))]
         if not known:
             return NotFound(
                 f"unknown model {model!r}: nothing is released here yet", hint="luthier run RECIPE"

@@ -2,7 +2,8 @@
 
 Source: RFC 7578 (multipart/form-data), parsed by python-multipart's streaming parser. Nothing but the fields
 is held in memory, at most `BATCH_BYTES` of the file wait for the sink, and the sink (which bounds and writes
-them) runs in a thread. A body that is compressed is refused, never unpacked. It does not know what the file
+them) runs in a thread; what is not the file's, such as lines before the first boundary or after the last, is
+bounded too. A body that is compressed is refused, never unpacked. It does not know what the file
 is for.
 """
 
@@ -18,12 +19,13 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from luthier.http.exchange import ClientGone, TooSlow
-from luthier.http.problems import RequestError
+from luthier.http.problems import RequestError, TooLarge
 
 STALL_S = 30.0
 BATCH_BYTES = 1 << 20
 FIELD_BYTES = 16 * 1024
 FIELDS = 16
+BESIDE_BYTES = 2 * FIELDS * FIELD_BYTES  # of a body, all that is not the file's
 
 
 @dataclass
@@ -47,6 +49,7 @@ class _Reader:
         self.form = Form()
         self.ended = False
         self.waiting = bytearray()  # of the file, for the sink
+        self.beside = 0  # bytes that are not the file's
         self._file_field = file_field
         self._headers: dict[bytes, bytes] = {}
         self._name = b""
@@ -106,6 +109,7 @@ class _Reader:
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file():
             self.waiting += data[start:end]
+            self.beside -= end - start
             return
         self._text += data[start:end]
         if len(self._text) > FIELD_BYTES:
@@ -132,7 +136,10 @@ async def read(request: Request, file_field: str, sink: Callable[[bytes], None])
                 chunk = await anext(stream, None)
             if chunk is None:
                 break
+            reader.beside += len(chunk)
             reader.parser.write(chunk)
+            if reader.beside > BESIDE_BYTES:
+                raise TooLarge("the form is larger than its file and fields", code="form_too_large")
             if len(reader.waiting) >= BATCH_BYTES:
                 await _give(reader, sink)
     except TimeoutError:
