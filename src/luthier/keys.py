@@ -29,6 +29,7 @@ from luthier.store_engine import now
 LOCAL = "local"  # the tenant of whoever sits at this machine
 SERVED = "served"  # the id of the one key that is not in the store: the one `luthier serve` was given
 SHOWN = 9  # characters of a key that may be shown again: `lt-` and 36 of its 256 bits
+_LIKE_A_KEY = re.compile(r"\b((?:lt|sk)(?:-|%2[dD]))[A-Za-z0-9_%-]{16,}")
 _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,47}")
 
 
@@ -108,6 +109,13 @@ class Origin:
 
 def new_secret() -> str:
     return f"lt-{secrets.token_urlsafe(32)}"
+
+
+def hidden(text: str, served_sha256: str = "") -> str:
+    """The text without what looks like a key: of ours, of OpenAI's, or the one that `serve` was given."""
+    text = _LIKE_A_KEY.sub(lambda found: f"{found[1]}…", text)
+    pieces = re.split(r"([/?&=;,\s]+)", text)
+    return "".join("…" if fingerprint(p.encode("utf-8", "replace")) == served_sha256 else p for p in pieces)
 
 
 def fingerprint(secret: bytes) -> str:

@@ -4,7 +4,9 @@ RFC 6750 (`Authorization: Bearer …`). The gate stands before the router and ma
 route that somebody adds is closed until the table opens it: what the table does not name is answered 404 or
 405 and never reaches a handler. A key is looked up for each request, so a revoked or expired one opens
 nothing from the next request on. What changes something is noted in the audit log once it is done, by the
-route and what its path names, never with a body; so are refusals, a bounded number a minute.
+route and what its path names, never with a body or a key; so are refusals, a bounded number a minute of each
+caller (`http.refusals`), and the number of those that were not. Where several lines match a path and method,
+all of them must allow it.
 
 A server that is full says so here, before a body is read, a budget touched or a thread waited for. Whose
 request it is may then be known from a lookup of up to `LATELY_S` ago; that memory refuses, it never admits.
@@ -14,11 +16,12 @@ It does not know which file or job belongs to whom: handlers ask `caller(request
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from luthier import audit, keys
 from luthier.errors import LuthierError
 from luthier.http import problems, quota
-from luthier.http.sparing import Sparing
+from luthier.http.refusals import Refusals
 from luthier.keys import Caller, Key
 from luthier.keys import Scope as May
 from luthier.store import Store
@@ -122,7 +125,7 @@ class _Line:
     need: Need | None
 
 
-def _lines(routes: dict[str, Need | None]) -> tuple[_Line, ...]:
+def _lines(routes: Mapping[str, Need | None]) -> tuple[_Line, ...]:
     return tuple(
         _Line(route, route.split()[0], compile_path(route.split()[1])[0], need)
         for route, need in routes.items()
@@ -136,15 +139,24 @@ class Guard:
     """ASGI middleware. `served` is the one key that is not in the store: the one `serve` was given.
     `full` says why no answer can be begun for a caller now, and None where one can."""
 
-    def __init__(self, app: ASGIApp, *, store: Store, served: str, full: Full) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        store: Store,
+        served: str,
+        full: Full,
+        routes: Mapping[str, Need | None] = ROUTES,
+    ) -> None:
         self._app = app
         self._store = store
         self._served = Caller(keys.SERVED, keys.LOCAL, frozenset({May.ADMIN}))
         self._served_sha256 = keys.fingerprint(served.encode("utf-8", "surrogateescape"))
         self._full = full
         self._quota = quota.Quota(store)
-        self._lines = _lines(ROUTES)
-        self._may_note = Sparing(REFUSALS)
+        self._lines = _lines(routes)
+        self._refusals = Refusals()
+        self._telling: asyncio.Task[None] | None = None
         self._lately: OrderedDict[str, tuple[float, Caller]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,7 +165,8 @@ class Guard:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         at_path = [line for line in self._lines if line.path.fullmatch(scope["path"])]
         lines = [line for line in at_path if line.method == method]
-        if lines and lines[0].need is OPEN:
+        needs = [line.need for line in lines if line.need is not None]
+        if lines and not needs:
             await self._app(scope, receive, send)
             return
         sha256 = _shown(scope)
@@ -164,15 +177,15 @@ class Guard:
             return
         found = await self._who(sha256)
         if isinstance(found, str):
-            await run_in_threadpool(self._note_refusal, scope, found)
+            await self._note_refusal(scope, found)
             await _unknown(found)(scope, receive, send)
             return
         who, key = found
         if not lines:
             await _nowhere(scope, known=bool(at_path))(scope, receive, send)
-        elif lines[0].need is not None and not lines[0].need.allows(who):
-            await run_in_threadpool(self._note_refusal, scope, "missing scope", who)
-            await _forbidden(lines[0].need)(scope, receive, send)
+        elif (missing := next((need for need in needs if not need.allows(who)), None)) is not None:
+            await self._note_refusal(scope, "missing scope", who)
+            await _forbidden(missing)(scope, receive, send)
         else:
             scope[CALLER] = who
             if answers and known is None and (error := self._newly_full(sha256, who)) is not None:
@@ -240,14 +253,40 @@ class Guard:
         return self._full(who)
 
     def _note(self, line: _Line, path: str, who: Caller) -> None:
-        audit.note(self._store, line.route, path[:200], actor=who.key_id, tenant=who.tenant)
+        told = keys.hidden(path, self._served_sha256)[:200]
+        audit.note(self._store, line.route, told, actor=who.key_id, tenant=who.tenant)
 
-    def _note_refusal(self, scope: Scope, why: str, who: Caller | None = None) -> None:
-        if not self._may_note():
+    async def _note_refusal(self, scope: Scope, why: str, who: Caller | None = None) -> None:
+        """Into the audit log, or into the count of those that are not."""
+        client = str((scope.get("client") or ("?",))[0])
+        if not self._refusals.may_write(who.key_id if who else client, a_key=who is not None):
+            if self._telling is None or self._telling.done():
+                self._telling = asyncio.create_task(self._tell_later(self._refusals.left_s()))
             return
-        facts = {"why": why, "method": scope["method"], "client": (scope.get("client") or ("?",))[0]}
-        actor, tenant = (who.key_id, who.tenant) if who else ("unknown", "")
-        audit.note(self._store, "refused", scope["path"][:200], actor=actor, tenant=tenant, facts=facts)
+        facts = {"why": why, "method": scope["method"], "client": client}
+        told = keys.hidden(scope["path"], self._served_sha256)[:200]
+
+        def write() -> None:
+            actor, tenant = (who.key_id, who.tenant) if who else ("unknown", "")
+            audit.note(self._store, "refused", told, actor=actor, tenant=tenant, facts=facts)
+
+        await run_in_threadpool(write)
+
+    async def _tell_later(self, wait_s: float) -> None:
+        """What was not written, once the minute is over or the server ends."""
+        try:
+            await asyncio.sleep(wait_s)
+        except asyncio.CancelledError:
+            self._tell_silence()
+            raise
+        await run_in_threadpool(self._tell_silence)
+
+    def _tell_silence(self) -> None:
+        silence = self._refusals.silence()
+        if silence is not None:
+            told = f"{silence.more} more were not written"
+            facts = {"more": silence.more, "by": silence.by}
+            audit.note(self._store, "refused", told, actor="luthier", tenant=keys.LOCAL, facts=facts)
 
 
 def _shown(scope: Scope) -> str | None:

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
+from luthier import keys
 from luthier.errors import ServeError
 from luthier.http.auth import caller
 from luthier.http.problems import RequestError, TooLarge
@@ -163,7 +164,7 @@ class Exchange:
         record = RequestRecord(
             at=self._at,
             release=self.release,
-            model=self.model,
+            model=keys.hidden(self.model),
             status=self.status,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,

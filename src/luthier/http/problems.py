@@ -1,12 +1,14 @@
 """Every refusal in OpenAI's error shape: {"error": {"message", "type", "param", "code"}}.
 
 Source: https://platform.openai.com/docs/guides/error-codes. A luthier error keeps its own HTTP code and
-says what and what to do; where (a path of this machine) stays in the server's log. An error that is a
+says what and what to do; where (a path of this machine) stays in the server's log, and what looks like such a
+path in the words themselves is left out. An error that is a
 bug says nothing about itself to the client.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -16,6 +18,8 @@ from luthier.errors import GateRefused, LuthierError, NotFound, ServeError
 from luthier.serving.limits import Busy
 from luthier.serving.service import NoToken, TooLong
 
+# two steps or more from the root, but not a path of the API nor the end of a URL
+_PLACE = re.compile(r"(?<![\w.:/@%-])/(?!v1/)[\w.@+~-]+(?:/[\w.@+~-]+)+/?")
 BELOW_V1 = {"chat", "completions", "embeddings", "files", "fine_tuning", "models", "uploads"}
 KINDS = {403: "permission_error", 429: "rate_limit_error"}
 CODES: tuple[tuple[type[LuthierError], str], ...] = (
@@ -58,7 +62,7 @@ def body(error: Exception) -> dict[str, Any]:
     """The JSON body for an error."""
     if not isinstance(error, LuthierError):
         return shape("the server failed; its log has the details", "server_error", None, "internal_error")
-    message = f"{error.what} ({error.hint})" if error.hint else error.what
+    message = _PLACE.sub("…", f"{error.what} ({error.hint})" if error.hint else error.what)
     kind = KINDS.get(error.http_code, "invalid_request_error" if error.http_code < 500 else "server_error")
     if hasattr(error, "param"):  # the error says itself which field it is about
         return shape(message, kind, error.param, getattr(error, "code", None))

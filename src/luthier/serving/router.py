@@ -249,7 +249,9 @@ def _adapter_digest(folder: Path, place: str) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:  # its own words would name the path
+        raise StoreError(f"{path.name} cannot be read: {error.strerror}", where=str(path)) from error
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path.name} cannot be read: {error}", where=str(path)) from error
     if not isinstance(value, dict):
         raise StoreError(f"{path.name} is not an object", where=str(path))
