@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 from urllib.parse import urlsplit
 
@@ -55,3 +56,60 @@ def test_who_does_not_read_or_a_byte_at_a_time_holds_its_own_place_until_it_is_c
         until(lambda: sum(record.status == 499 for record in own.store.requests()) == 2)
     slow = [record for record in own.store.requests() if record.status == 499]
     assert len(slow) == 2 and all(0 < record.completion_tokens < 1900 for record in slow)
+
+
+def place(client: Client) -> tuple[str, int]:
+    found = urlsplit(client.url)
+    return str(found.hostname), int(found.port or 0)
+
+
+def told(wire: socket.socket) -> bytes:
+    """All that the server says until it hangs up."""
+    said = b""
+    try:
+        while piece := wire.recv(4096):
+            said += piece
+    except ConnectionError:
+        pass
+    return said
+
+
+def trickle(wire: socket.socket, data: bytes, gap_s: float = 0.2) -> bool:
+    """Whether the server hung up before it had all of it."""
+    for at in range(len(data)):
+        try:
+            wire.sendall(data[at : at + 1])
+        except OSError:
+            return True
+        if select.select([wire], [], [], gap_s)[0]:
+            return True
+    return False
+
+
+def test_who_sends_a_byte_at_a_time_is_cut_off_and_who_is_only_slow_is_not(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "HEAD_S", 1.0)
+    monkeypatch.setattr(patience, "BODY_S", 1.0)
+    with threaded(world.store, world.home) as client:
+        head = f"POST /v1/uploads HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.key}\r\n".encode()
+        long = b"Content-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
+        with socket.create_connection(place(client), timeout=30) as wire:
+            assert trickle(wire, b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 200)
+            assert told(wire).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(place(client), timeout=30) as wire:  # says nothing at all
+            assert told(wire).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(place(client), timeout=30) as wire:
+            wire.sendall(head + long)
+            assert trickle(wire, b"{" + b" " * 200)
+            assert told(wire).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(place(client), timeout=30) as wire:  # one good request, then a trickle
+            wire.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert wire.recv(4096).startswith(b"HTTP/1.1 200 ")
+            assert trickle(wire, b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 200)
+        with socket.create_connection(place(client), timeout=30) as wire:  # slow, but it moves
+            wire.sendall(head + long)
+            for _ in range(10):
+                wire.sendall(b" " * 10_000)
+                select.select([wire], [], [], 0.3)
+            assert told(wire).startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 422 "))

@@ -5,6 +5,8 @@ not take is not written: at most one piece of a response waits here, and `BUFFER
 in the kernel. Who takes nothing for `SEND_S`, so that not even a third of that gets free, is hung up on;
 its request sees a client that left, and gives back its place and its blocks. What an answer says meanwhile
 waits in its exchange and is bounded by the answer's own length.
+Who sends slowly is cut off too, with a 408: a request's head must be whole `HEAD_S` after the connection (or
+the head's first byte), and a body must bring `BODY_BYTES` in each `BODY_S`, counted only while we read.
 A connection beyond `CONNECTIONS` is told 429 to its first bytes, which are not even parsed, and closed once
 it has heard (RFC 9112 §9.6: who closes on unread bytes may destroy the answer).
 It does not know HTTP beyond uvicorn's protocol, nor who is slow on purpose.
@@ -18,6 +20,7 @@ import logging
 import socket
 from contextlib import suppress
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from luthier.http import problems
@@ -27,21 +30,28 @@ LINGER_S = 2.0
 RETRY_S = 5
 SEND_S = 30.0
 BUFFER_BYTES = 256 * 1024
+HEAD_S = 10.0
+BODY_S = 20.0
+BODY_BYTES = 4096
 
 log = logging.getLogger("luthier.http")
 
 
-def _too_many() -> bytes:
-    what = f"{CONNECTIONS} connections are open already (try again in {RETRY_S} s)"
-    body = json.dumps(problems.shape(what, problems.KINDS[429], None, "rate_limit_exceeded")).encode()
+def _spelt(line: str, kind: str, what: str, code: str | None) -> bytes:
+    """A whole answer as bytes, for connections that have no request yet."""
+    body = json.dumps(problems.shape(what, kind, None, code)).encode()
     head = (
-        f"HTTP/1.1 429 Too Many Requests\r\nretry-after: {RETRY_S}\r\ncontent-type: application/json\r\n"
+        f"HTTP/1.1 {line}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + body
 
 
-TOO_MANY = _too_many()
+TOO_MANY = _spelt(
+    f"429 Too Many Requests\r\nretry-after: {RETRY_S}", problems.KINDS[429],
+    f"{CONNECTIONS} connections are open already (try again in {RETRY_S} s)", "rate_limit_exceeded",
+)  # fmt: skip
+TOO_LATE = _spelt("408 Request Timeout", "invalid_request_error", "the request came too slowly", None)
 
 
 class Patient(H11Protocol):
@@ -50,6 +60,10 @@ class Patient(H11Protocol):
     _late: asyncio.TimerHandle | None = None
     _unwanted: asyncio.TimerHandle | None = None  # set on one connection too many
     _told = False
+    _head: asyncio.TimerHandle | None = None  # runs while a request's head is not whole
+    _body: asyncio.TimerHandle | None = None  # runs while a body is on its way
+    _brought = 0  # bytes in this span of `BODY_S`
+    _held_up = False  # in this span it was we who did not read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -59,15 +73,58 @@ class Patient(H11Protocol):
         transport.set_write_buffer_limits(high=1, low=0)  # under TLS, 0 would mean: never write
         with suppress(OSError):  # it has hung up already
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        self._head = self.loop.call_later(HEAD_S, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
         if self._unwanted is None:
             super().data_received(data)
+            self._brought += len(data)
+            self._watch()
         elif not self._told:
             self._told = True
             self.transport.write(TOO_MANY)
             if self.transport.can_write_eof():
                 self.transport.write_eof()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Which of the two the client owes us now: a head, a body, or neither."""
+        self._held_up |= self.flow.read_paused or self.conn.they_are_waiting_for_100_continue
+        begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if begun and self._head is None:
+            self._head = self.loop.call_later(HEAD_S, self._too_slow)
+        elif not begun and self._head is not None:
+            self._head.cancel()
+            self._head = None
+        if self.conn.their_state is h11.SEND_BODY:
+            if self._body is None:
+                self._span()
+        elif self._body is not None:
+            self._body.cancel()
+            self._body = None
+
+    def _span(self) -> None:
+        self._brought, self._held_up = 0, self.flow.read_paused or self.conn.they_are_waiting_for_100_continue
+        self._body = self.loop.call_later(BODY_S, self._weigh)
+
+    def _weigh(self) -> None:
+        self._body = None
+        paused = self.flow.read_paused or self.conn.they_are_waiting_for_100_continue
+        if self._brought < BODY_BYTES and not (self._held_up or paused):
+            self._too_slow()
+        elif not self.transport.is_closing():
+            self._span()
+
+    def _too_slow(self) -> None:
+        self._head = None
+        log.warning("a client sends too slowly and is cut off")
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self.transport.write(TOO_LATE)
+        self.transport.close()
+        self._unwanted = self.loop.call_later(LINGER_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -79,8 +136,9 @@ class Patient(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
-        if self._unwanted is not None:
-            self._unwanted.cancel()
+        for timer in (self._head, self._body, self._unwanted):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def _in_time(self) -> None:

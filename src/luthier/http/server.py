@@ -1,10 +1,9 @@
 """Starting and stopping: claim the port, load what is in production, answer, leave in good order.
 
-uvicorn (https://www.uvicorn.org) speaks HTTP/1.1. Who does not read is cut off (`http.patience`). On SIGTERM
-or Ctrl-C no new request is taken, those under way may finish within the grace time, what is then left gets a
-well-formed error, and the request log is written out. TLS is uvicorn's; without it only this machine is
-listened to. A client that trickles its headers holds one of `patience.CONNECTIONS` until it ends; a proxy in
-front is what cuts those.
+uvicorn (https://www.uvicorn.org) speaks HTTP/1.1. Who does not read, or sends too slowly, is cut off
+(`http.patience`). On SIGTERM or Ctrl-C no new request is taken, those under way may finish within the grace
+time, what is then left gets a well-formed error, and the request log is written out. TLS is uvicorn's;
+without it only this machine is listened to.
 """
 
 from __future__ import annotations
