@@ -8,7 +8,9 @@ or the model would be asked something other than what it was taught.
 Text that merely spells a control token (`<|im_start|>` inside a user's message, a tool's name, arguments,
 description or result) is tokenised as ordinary letters, in training and in serving alike, so content can
 never open, close or forge a turn. Rows without such text get exactly the tokens of
-`tokenizer.apply_chat_template`. Control is what the tokenizer calls special; `<tool_call>` often is not.
+`tokenizer.apply_chat_template`. Control is what the tokenizer calls special. Other added tokens that look
+like control and that the template writes itself (`<tool_call>`, `<think>`) are letters in what users, tools
+and systems say; in an assistant's own words they are what they were when it said them.
 
 This module does not know files of rows, batches or models, nor templates that print today's date.
 """
@@ -28,6 +30,7 @@ from luthier.rows import Chat, Message, Role, Row, Tools, dicts
 from luthier.tool_calls import Convention, convention, turns
 
 CHUNK_ROWS = 1024
+TYPED = frozenset({"user", "tool", "system", "developer"})
 _ONE_AT_A_TIME = Lock()  # a call with `split_special_tokens` changes the tokenizer while it lasts
 
 
@@ -124,10 +127,11 @@ def check(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
     """Prove the template on every row before anything is trained; facts say how much there is to learn."""
     chats = [document for row in rows for document in row.documents]
     asked = [row for row in rows if not row.documents]  # nothing is learnt of them, but they must render
-    control = _control_of(tokenizer)
+    control, alike = _control_of(tokenizer)
     literal = [
         chat.where for chat in chats if control and _spells(control, [*dicts(chat.messages), *chat.tools])
     ]
+    literal += [chat.where for chat in chats if alike and _spells(alike, _typed(dicts(chat.messages)))]
     tokens, learnt, longest, longest_where = 0, 0, 0, ""
     for question in asked:
         ids = prompt_ids(tokenizer, question.prompt)
@@ -215,16 +219,34 @@ def _shown(tokenizer: Any, ids: list[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A rendered conversation. `hidden`: each stand-in, and the control-like text it stands for."""
+    """A rendered conversation. `hidden`: each stand-in, and the control-like text it stands for. `cut`: where
+    the tokenizer must not see a text as one."""
 
     text: str
     hidden: tuple[tuple[str, str], ...] = ()
+    cut: str = ""
 
 
-def _control(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds the text of any special token of this tokenizer."""
+Controls = tuple[re.Pattern[str] | None, re.Pattern[str] | None]
+
+
+def _control(tokenizer: Any) -> Controls:
+    """Finds the text of any special token of this tokenizer; and that of added tokens that only act like one.
+
+    The second are `<…>` that the chat template writes; a tokenizer's words of HTML or white space are words.
+    """
+    added = tokenizer.added_tokens_decoder.values()
     names = {str(token) for token in tokenizer.all_special_tokens}
-    names |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names |= {token.content for token in added if token.special}
+    written = str(tokenizer.chat_template)
+    alike = {token.content for token in added if _ALIKE.fullmatch(token.content)}
+    return _any_of(names), _any_of({name for name in alike - names if name in written})
+
+
+_ALIKE = re.compile(r"<[^\s<>][^\s<>]*>")
+
+
+def _any_of(names: set[str]) -> re.Pattern[str] | None:
     ordered = sorted((name for name in names if name), key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
@@ -241,12 +263,16 @@ def _render(
     """`apart`: a template that could run away is rendered where it can be cut."""
     from jinja2 import TemplateError
 
-    control = _control_of(tokenizer)
+    control, alike = _control_of(tokenizer)
     said: list[Any] = turns(messages, tools, how := convention(tokenizer.chat_template))
     offered: list[Any] | None = [*tools] if tools and how is not Convention.DESCRIBED else None
     hidden: dict[str, str] = {}
+    edge = _edge([said, offered])
+    if alike and _spells(alike, _typed(said)):
+        said = [_hide(turn, alike, hidden, edge) if turn["role"] in TYPED else turn for turn in said]
+        hidden = {name: f"{text[0]}{edge}\ue002{text[1:]}" for name, text in hidden.items()}
     if control and _spells(control, [said, offered]):
-        said, offered = _hide([said, offered], control, hidden)
+        said, offered = _hide([said, offered], control, hidden, edge)
     try:
         text = (_apart if apart else _here)(tokenizer, said, offered, opened)
     except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -255,7 +281,7 @@ def _render(
         ) from error
     except ModelError as error:  # from the child that renders
         raise type(error)(error.what, where=where) from error
-    return _Rendered(text, tuple(hidden.items()))
+    return _Rendered(text, tuple(hidden.items()), f"{edge}\ue002")
 
 
 def _here(tokenizer: Any, said: list[Any], offered: list[Any] | None, opened: bool) -> str:
@@ -273,14 +299,18 @@ def _apart(tokenizer: Any, said: list[Any], offered: list[Any] | None, opened: b
     return RENDERER.render(chosen, tokenizer.special_tokens_map | values)
 
 
-def _control_of(tokenizer: Any) -> re.Pattern[str] | None:
+def _control_of(tokenizer: Any) -> Controls:
     """`_control`, kept on the tokenizer: building it costs more than rendering a row."""
-    kept = tokenizer.__dict__.get("_luthier_control")
-    if kept is None:
-        kept = (_control(tokenizer),)
+    kept: tuple[Any, Controls] | None = tokenizer.__dict__.get("_luthier_control")
+    if kept is None or kept[0] != tokenizer.chat_template:
+        kept = (tokenizer.chat_template, _control(tokenizer))
         tokenizer.__dict__["_luthier_control"] = kept
-    pattern: re.Pattern[str] | None = kept[0]
-    return pattern
+    return kept[1]
+
+
+def _typed(said: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The turns that a model did not say."""
+    return [turn for turn in said if turn["role"] in TYPED]
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -300,11 +330,16 @@ def _spells(control: re.Pattern[str], value: Any) -> bool:
     return any(control.search(text) for text in _texts(value))
 
 
-def _hide(value: Any, control: re.Pattern[str], hidden: dict[str, str]) -> Any:
-    """Put stand-ins (private-use letters that are nowhere in it) where a text spells a control token."""
+def _edge(value: Any) -> str:
+    """Private-use letters that are nowhere in it."""
     edge = "\ue000"
     while any(edge in text for text in _texts(value)):
         edge += "\ue000"
+    return edge
+
+
+def _hide(value: Any, control: re.Pattern[str], hidden: dict[str, str], edge: str) -> Any:
+    """Put stand-ins that begin with `edge` where a text spells a control token."""
 
     def stand_in(match: re.Match[str]) -> str:
         name = f"{edge}{len(hidden)}\ue001"
@@ -330,16 +365,15 @@ def _tokens(tokenizer: Any, rendered: Sequence[_Rendered]) -> list[list[int]]:
 
 def _literal(tokenizer: Any, rendered: _Rendered) -> list[int]:
     """Tokens where content spells control tokens: the template's own are control, content's are letters."""
-    control = _control_of(tokenizer)
-    assert control is not None  # something was hidden, so there was a pattern to find it
+    control, _ = _control_of(tokenizer)
     ids: list[int] = []
     at = 0
-    for match in [*control.finditer(rendered.text), None]:
+    for match in [*(control.finditer(rendered.text) if control else ()), None]:
         stretch = rendered.text[at : match.start() if match else None]
         for name, original in rendered.hidden:
             stretch = stretch.replace(name, original)
-        if stretch:
-            ids += tokenizer(stretch, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        for piece in filter(None, stretch.split(rendered.cut)):
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)[
                 "input_ids"
             ]
         if match:
