@@ -74,8 +74,9 @@ def scan(path: Path, name: str, most_bytes: int | None = None) -> Iterator[tuple
                 return
             if most_bytes is not None and stream.tell() >= most_bytes:
                 return
-            while len(line) > LINE_BYTES and not line.endswith(b"\n"):
-                line = stream.readline(LINE_BYTES)
+            if len(line) > LINE_BYTES:  # the rest of it is no line of its own
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(LINE_BYTES)
 
 
 class NotText(DataError):
