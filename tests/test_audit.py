@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import String, insert
 
 from luthier import audit, owners
 from luthier.errors import NotFound, StoreError
+from luthier.schema.jobs import JOBS
 from luthier.serving import verbs
 from luthier.serving.splits import Action, Kind
 from luthier.store import ReleaseRecord, Store
@@ -42,6 +44,21 @@ def test_every_move_of_an_alias_is_told_with_who_from_and_to(store: Store) -> No
     assert found[0].facts == {"from": None, "to": A, "reason": "all gates passed"}
     assert found[2].facts == {"from": A, "to": B, "reason": "canary finished"}
     assert audit.verify(store)["entries"] == 4
+
+
+def test_a_move_of_a_jobs_alias_is_told_as_its_owners(store: Store) -> None:
+    job = {column.name: 0 for column in JOBS.c if column.name != "seq"} | {
+        column.name: column.name for column in JOBS.c if isinstance(column.type, String)
+    }
+    with store.writing() as connection:
+        connection.execute(insert(JOBS), job | {"id": "ftjob-1", "tenant": "acme", "status": "succeeded"})
+    for name in ("ftjob-1", "ftjob-2"):
+        store.add_release(ReleaseRecord(A, name, None, True, {}))
+        store.move_ref(name, "staging", A, expected=None, actor="worker", reason="")
+    assert [(entry.target, entry.tenant) for entry in audit.entries(store)] == [
+        ("ftjob-1@staging", "acme"),
+        ("ftjob-2@staging", ""),
+    ]
 
 
 def test_a_move_that_did_not_happen_is_not_told(store: Store) -> None:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from sqlalchemy import delete, insert, select
 
+from luthier import belonging
+from luthier.belonging import JOB, LOCAL, NOBODY
 from luthier.chain import Deed
 from luthier.errors import NotFound
 from luthier.plugins import unknown
-from luthier.schema.jobs import JOBS
 from luthier.schema.uploads import SHARED
 from luthier.store import Store
 from luthier.store_engine import now
 
-LOCAL = "local"
-NOBODY = ""  # of a job whose row is gone: its releases are the command line's alone
-JOB = "ftjob-"
+__all__ = ["JOB", "LOCAL", "NOBODY", "owner", "share", "shared", "visible"]
 
 
 def visible(store: Store, name: str, tenant: str | None) -> bool:
@@ -30,10 +29,7 @@ def visible(store: Store, name: str, tenant: str | None) -> bool:
 
 def owner(store: Store, name: str) -> str:
     """The tenant that the name belongs to; a job's releases go by the job's id."""
-    if not name.startswith(JOB):
-        return LOCAL
-    rows = store.rows(select(JOBS.c.tenant).where(JOBS.c.id == name))
-    return str(rows[0]["tenant"]) if rows else NOBODY
+    return belonging.owner(store.rows, name)
 
 
 def shared(store: Store) -> set[str]:

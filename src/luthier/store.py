@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import Engine, String, Table, bindparam, func, insert, literal, select, true, update
 from sqlalchemy.engine import Connection, RowMapping
 
-from luthier import chain, store_engine
+from luthier import belonging, chain, store_engine
 from luthier.chain import Deed
 from luthier.errors import NotFound, StoreError
 from luthier.schema.keys import AUDIT
@@ -224,9 +224,9 @@ class Store:
                 return last[0]
             raise self._lost(name, alias, expected)
         move = {"name": name, "alias": alias, "digest": digest, "expected": expected, "at": now()}
-        facts = {"from": expected, "to": digest, "reason": reason}
+        told, whose = {"from": expected, "to": digest, "reason": reason}, belonging.owner(self.rows, name)
         try:
-            with self.writing(Deed("move alias", f"{name}@{alias}", actor, "local", facts)) as connection:
+            with self.writing(Deed("move alias", f"{name}@{alias}", actor, whose, told)) as connection:
                 made = connection.execute(_MOVE, _plain({**move, "actor": actor, "reason": reason}))
                 row = made.mappings().one_or_none()
                 if row is None:  # nothing moved, so nothing is told

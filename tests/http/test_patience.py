@@ -113,3 +113,26 @@ def test_who_sends_a_byte_at_a_time_is_cut_off_and_who_is_only_slow_is_not(
                 wire.sendall(b" " * 10_000)
                 select.select([wire], [], [], 0.3)
             assert told(wire).startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 422 "))
+
+
+def test_who_goes_on_sending_after_a_refusal_is_cut_off_and_who_ends_soon_may_ask_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "REST_BYTES", 256 * 1024)
+    with threaded(world.store, world.home, limits=Limits()) as client:
+        place = urlsplit(client.url)
+        head = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        piece = b"10000\r\n" + b"a" * 65536 + b"\r\n"
+        with socket.create_connection((place.hostname, place.port), timeout=30) as wire:
+            wire.sendall(head)
+            assert b" 401 " in wire.recv(4096)
+            sent = 0
+            with pytest.raises(ConnectionError):
+                while sent < 1 << 28:
+                    wire.sendall(piece)
+                    sent += len(piece)
+        with socket.create_connection((place.hostname, place.port), timeout=30) as wire:
+            for _ in range(2):
+                wire.sendall(head)
+                assert b" 401 " in wire.recv(4096)
+                wire.sendall(piece + b"0\r\n\r\n")

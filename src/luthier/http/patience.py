@@ -7,6 +7,8 @@ its request sees a client that left, and gives back its place and its blocks. Wh
 waits in its exchange and is bounded by the answer's own length.
 Who sends slowly is cut off too, with a 408: a request's head must be whole `HEAD_S` after the connection (or
 the head's first byte), and a body must bring `BODY_BYTES` in each `BODY_S`, counted only while we read.
+A refusal does not wait for the rest of a body. Who goes on sending one may do so for `REST_BYTES` and
+`SEND_S`, so that a client that sends first and reads then still finds its answer; then it is hung up on.
 A connection beyond `CONNECTIONS` is told 429 to its first bytes, which are not even parsed, and closed once
 it has heard (RFC 9112 §9.6: who closes on unread bytes may destroy the answer).
 It does not know HTTP beyond uvicorn's protocol, nor who is slow on purpose.
@@ -33,6 +35,7 @@ BUFFER_BYTES = 256 * 1024
 HEAD_S = 10.0
 BODY_S = 20.0
 BODY_BYTES = 4096
+REST_BYTES = 8 * 1024 * 1024
 
 log = logging.getLogger("luthier.http")
 
@@ -64,6 +67,8 @@ class Patient(H11Protocol):
     _body: asyncio.TimerHandle | None = None  # runs while a body is on its way
     _brought = 0  # bytes in this span of `BODY_S`
     _held_up = False  # in this span it was we who did not read
+    _rest: asyncio.TimerHandle | None = None  # runs while a body goes on after its answer
+    _rest_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -76,19 +81,29 @@ class Patient(H11Protocol):
         self._head = self.loop.call_later(HEAD_S, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
-        if self._unwanted is None:
-            super().data_received(data)
-            self._brought += len(data)
-            self._watch()
-        elif not self._told:
-            self._told = True
-            self.transport.write(TOO_MANY)
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
+        if self._unwanted is not None:
+            self._turn_away()
+            return
+        self._rest_bytes += len(data)
+        if self._rest is not None and self._rest_bytes > REST_BYTES:
+            self._hang_up()
+            return
+        super().data_received(data)
+        self._brought += len(data)
+        self._watch()
+        self._watch_rest()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch()
+        self._watch_rest()
+
+    def _turn_away(self) -> None:
+        if not self._told:
+            self._told = True
+            self.transport.write(TOO_MANY)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
 
     def _watch(self) -> None:
         """Which of the two the client owes us now: a head, a body, or neither."""
@@ -118,10 +133,28 @@ class Patient(H11Protocol):
         elif not self.transport.is_closing():
             self._span()
 
+    def _sends_on(self) -> bool:
+        """Whether this client is still sending the body of a request that was answered."""
+        answered = self.cycle is not None and self.cycle.response_complete
+        return answered and self.conn.their_state is h11.SEND_BODY
+
+    def _watch_rest(self) -> None:
+        if not self._sends_on():
+            if self._rest is not None:
+                self._rest.cancel()
+                self._rest = None
+        elif self._rest is None and not self.transport.is_closing():
+            self._rest, self._rest_bytes = self.loop.call_later(SEND_S, self._hang_up), 0
+
+    def _hang_up(self) -> None:
+        log.warning("a client went on sending after its answer and is cut off")
+        self.transport.abort()
+
     def _too_slow(self) -> None:
         self._head = None
         log.warning("a client sends too slowly and is cut off")
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        said = self.cycle is not None and self.cycle.response_started
+        if not said or (self.cycle.response_complete and not self._sends_on()):  # one answer a request
             self.transport.write(TOO_LATE)
         self.transport.close()
         self._unwanted = self.loop.call_later(LINGER_S, self.transport.abort)
@@ -136,7 +169,7 @@ class Patient(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
-        for timer in (self._head, self._body, self._unwanted):
+        for timer in (self._head, self._body, self._rest, self._unwanted):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)

@@ -21,6 +21,7 @@ from sqlalchemy import case, func, insert, select
 
 from luthier.chain import Deed
 from luthier.errors import NotFound, RecipeError, StoreError
+from luthier.owners import owner
 from luthier.schema.splits import COMPARISONS, SPLITS
 from luthier.store import Store
 from luthier.store_engine import Refused, now
@@ -163,7 +164,8 @@ class Splits:
         values["facts"] = json.dumps(dict(split.facts), sort_keys=True, allow_nan=False)
         try:
             told = {name: values[name] for name in ("id", "digest", "champion", "percent", "reason")}
-            deed = Deed(f"{split.kind.value} {split.action.value}", split.name, split.actor, "local", told)
+            whose = owner(self._store, split.name)
+            deed = Deed(f"{split.kind.value} {split.action.value}", split.name, split.actor, whose, told)
             with self._store.writing(deed) as connection:
                 connection.execute(insert(SPLITS), values)
         except Refused as error:

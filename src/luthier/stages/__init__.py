@@ -39,12 +39,12 @@ class Declared:
 
 STAGES = {
     "data": Declared(version=1, external=True),
-    "model": Declared(version=1, needs=("data",), external=True),
-    "plan": Declared(version=3, needs=("data", "model")),
-    "train": Declared(version=4, needs=("data", "model", "plan"), saves_on_stop=True),
-    "evaluate": Declared(version=3, needs=("data", "model", "plan", "train")),
+    "model": Declared(version=2, needs=("data",), external=True),
+    "plan": Declared(version=4, needs=("data", "model")),
+    "train": Declared(version=5, needs=("data", "model", "plan"), saves_on_stop=True),
+    "evaluate": Declared(version=4, needs=("data", "model", "plan", "train")),
     "release": Declared(
-        version=1, needs=("data", "model", "plan", "train", "evaluate"), named=True, wants_champion=True
+        version=2, needs=("data", "model", "plan", "train", "evaluate"), named=True, wants_champion=True
     ),
     "monitor": Declared(version=1, needs=("evaluate",), named=True),
 }
