@@ -166,6 +166,12 @@ template <class Done>
 inline void product(const Linear& linear, long tile, const Rows& in, Done done) {
     alignas(64) float out[2 * ROWS * TILE];
     const long apart = linear.width * TILE, pairs = linear.width / 2, tiles = linear.tiles - tile > 1 ? 2 : 1;
+    for (long t = 0, before = 0; in.slots && t < in.tokens; before = in.slots[t++]) {
+        const long slot = in.slots[t], bytes = linear.rank[slot] * tiles * TILE * long(sizeof(bf16));
+        if (slot == before || !linear.b[slot]) continue;  // else its B is asked for before it is needed
+        const char* b = (const char*)((const bf16*)linear.b[slot] + tile * linear.rank[slot] * TILE);
+        for (long at = 0; at < bytes; at += 64) _mm_prefetch(b + at, _MM_HINT_T1);
+    }
     for (long first = 0; first < in.tokens; first += ROWS) {
         const long rows = in.tokens - first < ROWS ? in.tokens - first : ROWS;
         const bf16* x = in.x + first * in.stride;
