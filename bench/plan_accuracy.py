@@ -1,6 +1,6 @@
 """How far the plan is from what comes: peak memory and time, over configurations it was not fitted to.
 
-    python bench/plan_accuracy.py RESULT.json [--set held-out|fitting] [--only NAME,…] [--guard HOME]
+    python bench/plan_accuracy.py RESULT.json [--set held-out|fitting|times] [--only NAME,…] [--guard HOME]
 
 Every configuration is a random-weight model, rows of random words and a recipe, taken through data, model,
 plan and train in a fresh process; `--guard HOME` adds `examples/guard.yaml`'s real base, in that home. Peaks
@@ -8,7 +8,8 @@ are the kernel's (`VmHWM`) of the train stage. The result is written after every
 already is not run again. `FITTING` holds the configurations that the constants of `forecast/footprint.py`
 were set on; `HELD_OUT` shares none of them. Memory's peak is reached in a few steps, so they are short.
 
-Times mean something on a quiet machine alone; memory does not care.
+Times mean something on a quiet machine alone; memory does not care. `TIMES` are small models and more steps:
+all of them take about eight minutes where nothing else runs, and `--seconds` leaves off in time.
 """
 
 from __future__ import annotations
@@ -102,7 +103,27 @@ HELD_OUT = (
     Config("mlp-only", 12, 512, 8, 8, 1408, 32000, (50, 250), 8, 14,
            targets=("gate_proj", "up_proj", "down_proj")),
 )  # fmt: skip
-SETS = {"held-out": HELD_OUT, "fitting": FITTING}
+TIMES = (
+    Config("t-plain", 8, 384, 6, 2, 1024, 16384, (30, 120), 8, 34),
+    Config("t-float", 8, 320, 5, 5, 896, 16384, (30, 120), 8, 34, dtype="float32"),
+    Config("t-short", 12, 320, 5, 5, 896, 8192, (5, 40), 12, 40, r=8),
+    Config("t-long", 6, 320, 5, 5, 896, 8192, (500, 900), 1, 34, answer=40),
+    Config("t-mixed", 8, 320, 5, 1, 896, 16384, (5, 500), 4, 36),
+    Config("t-deep", 24, 192, 3, 3, 512, 8192, (40, 200), 4, 34),
+    Config("t-wide", 3, 896, 14, 2, 3072, 8192, (40, 200), 4, 34),
+    Config("t-words", 6, 320, 5, 5, 896, 98304, (30, 90), 6, 34, answer=20),
+    Config("t-rank", 8, 384, 6, 3, 1024, 8192, (40, 150), 6, 34, r=96),
+    Config("t-qv", 10, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, targets=("q_proj", "v_proj")),
+    Config("t-norms", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, family="qwen3"),
+    Config("t-gemma", 6, 320, 5, 5, 1024, 16384, (40, 150), 6, 34, family="gemma3"),
+    Config("t-phi", 8, 320, 5, 5, 896, 16384, (40, 150), 6, 34, family="phi3"),
+    Config("t-full", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, checkpointing="full"),
+    Config("t-selective", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, checkpointing="selective"),
+    Config("t-pairs", 8, 320, 5, 5, 896, 16384, (30, 90), 3, 34, answer=30, objective="dpo"),
+    Config("t-micros", 6, 320, 5, 5, 896, 8192, (200, 400), 16, 26),
+)
+SETS = {"held-out": HELD_OUT, "fitting": FITTING, "times": TIMES}
+EVERY = tuple(config for each in SETS.values() for config in each)
 GUARDS = {
     "guard-8": {"train.0.steps": 30, "train.0.method.r": 8},
     "guard-20": {"train.0.steps": 24, "train.0.batch": 20},
@@ -111,21 +132,26 @@ GUARDS = {
 
 def main() -> None:
     asked = arguments()
-    done = json.loads(asked.result.read_text("utf-8")) if asked.result.exists() else {"runs": []}
+    whole = json.loads(asked.result.read_text("utf-8")) if asked.result.exists() else {}
+    whole |= {"cpu": cpu(), "threads": asked.threads}
+    done = whole.setdefault(asked.set, {"summary": {}, "runs": []})
     if asked.again:
         again(done, asked)
     known = {run["name"] for run in done["runs"]}
     names = [config.name for config in SETS[asked.set]]
     names += list(GUARDS) if asked.guard and asked.set == "held-out" else []
+    began = time.monotonic()
     for name in names:
+        if time.monotonic() - began > asked.seconds:
+            break
         if name in known or (asked.only and name not in asked.only.split(",")):
             continue
         run = once(name, asked)
         done["runs"].append({"name": name, **run})
-        done |= {"set": asked.set, "threads": asked.threads, "summary": summary(done["runs"])}
-        asked.result.parent.mkdir(parents=True, exist_ok=True)
-        asked.result.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
+        done["summary"] = summary(done["runs"])
+        keep(whole, asked.result)
         print(line({"name": name, **run}), flush=True)
+    keep(whole, asked.result)
     print("\n".join(line(run) for run in done["runs"]))
     print(json.dumps(summary(done["runs"]), indent=1))
 
@@ -138,7 +164,18 @@ def again(done: dict[str, Any], asked: argparse.Namespace) -> None:
             run["predicted_bytes"] = found["predicted_bytes"]
             run["peak_error"] = round(found["predicted_bytes"]["total"] / run["peak_bytes"] - 1, 4)
     done["summary"] = summary(done["runs"])
-    asked.result.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
+
+
+def keep(whole: dict[str, Any], result: Path) -> None:
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+
+
+def cpu() -> dict[str, Any]:
+    lines = [line.split(":", 1)[1].split() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith(("model name", "flags"))]  # fmt: skip
+    flags = sorted(flag for flag in lines[1] if flag.startswith(("amx", "avx512_bf16", "avx512f", "avx2")))
+    return {"name": " ".join(lines[0]), "flags": flags, "cores": os.cpu_count()}
 
 
 def arguments() -> argparse.Namespace:
@@ -150,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guard", help="a home in which examples/guard.yaml can run")
     parser.add_argument("--steps", type=int, default=10**6, help="at most so many (memory needs few)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no run after so many")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     found = parser.parse_args()
     if found.inside:
@@ -182,7 +220,7 @@ def inside(asked: argparse.Namespace) -> None:
             wishes = GUARDS[asked.inside] | {"plan.threads": asked.threads}
             about: dict[str, Any] = dict(wishes)
         else:
-            config = next(each for each in (*HELD_OUT, *FITTING) if each.name == asked.inside)
+            config = next(each for each in EVERY if each.name == asked.inside)
             config = replace(config, steps=min(config.steps, asked.steps))
             recipe, home, wishes = write(config, place, asked.threads), str(place / "home"), {}
             about = asdict(config)
@@ -310,7 +348,7 @@ def _model(name: str, folder: str) -> None:
         Qwen3Config,
     )
 
-    config = next(each for each in (*HELD_OUT, *FITTING) if each.name == name)
+    config = next(each for each in EVERY if each.name == name)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate([*SPECIAL, *alphabet])}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from luthier.engine import batch, documents, head
 from luthier.forecast import fit, footprint, layout
-from luthier.forecast.footprint import Checkpointing, How, Stack
+from luthier.forecast.footprint import Checkpointing, How, Load, Stack
 from luthier.forecast.layout import Layout
 from tests.engine.tiny_families import FAMILIES
 from tests.forecast.test_flops import adapted, rows
@@ -31,7 +31,7 @@ def alone(tokens: int) -> Layout:
 
 
 def test_a_forecast_is_the_sum_of_its_kinds() -> None:
-    found = footprint.forecast(SHAPE, [alone(100)], How())
+    found = footprint.forecast(SHAPE, Load((alone(100),)), How())
     assert found.total == sum(asdict(found).values()) == found.as_dict()["total"]
     assert found.weights == 200_000 and found.adapters == 4000 and found.optimiser == 8000
     assert found.bits(SHAPE.parameters)["weights"] == 16
@@ -40,34 +40,45 @@ def test_a_forecast_is_the_sum_of_its_kinds() -> None:
 @given(tokens=st.integers(300, 10_000), more=st.integers(1, 1000), trainable=st.integers(1, 10**7))
 def test_more_tokens_layers_or_weights_never_take_less(tokens: int, more: int, trainable: int) -> None:
     shape = replace(SHAPE, trainable=trainable)
-    least = footprint.forecast(shape, [alone(tokens)], How()).total
-    assert footprint.forecast(shape, [alone(tokens + more)], How()).total > least
+    least = footprint.forecast(shape, Load((alone(tokens),)), How()).total
+    assert footprint.forecast(shape, Load((alone(tokens + more),)), How()).total > least
     assert (
-        footprint.forecast(replace(shape, trainable=trainable + more), [alone(tokens)], How()).total > least
+        footprint.forecast(replace(shape, trainable=trainable + more), Load((alone(tokens),)), How()).total
+        > least
     )
-    assert footprint.forecast(replace(shape, layers=3), [alone(tokens)], How()).total > least
+    assert footprint.forecast(replace(shape, layers=3), Load((alone(tokens),)), How()).total > least
 
 
 def test_computing_more_again_keeps_less() -> None:
     deep = replace(SHAPE, layers=12)
     kept = [
-        footprint.forecast(deep, [alone(1000)], How(checkpointing=kind)).activations for kind in Checkpointing
+        footprint.forecast(deep, Load((alone(1000),)), How(checkpointing=kind)).activations
+        for kind in Checkpointing
     ]
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3
 
 
 def test_a_look_at_many_learnt_tokens_under_a_large_vocabulary_may_be_the_peak() -> None:
     wide, at = replace(SHAPE, vocabulary=200_000), replace(alone(100), loss_tokens=4)
-    alone_ = footprint.forecast(wide, [at], How())
-    looked = footprint.forecast(wide, [at], How(), looks=[replace(at, loss_tokens=256)])
+    alone_ = footprint.forecast(wide, Load((at,)), How())
+    looked = footprint.forecast(wide, Load((at,), (replace(at, loss_tokens=256),)), How())
     assert looked.activations + looked.head == footprint.looking_bytes(
         wide, replace(at, loss_tokens=256), How()
     )
     assert looked.total > alone_.total
 
 
+def test_gradients_take_the_place_of_what_was_kept_where_a_step_is_one_micro_batch() -> None:
+    shape = replace(SHAPE, trainable=10_000)
+    one, more = (
+        footprint.forecast(shape, Load((alone(500),), several=several), How(fragmentation=0))
+        for several in (False, True)
+    )
+    assert more.total - one.total == one.gradients == 40_000
+
+
 def test_a_trial_stands_for_what_was_assumed_and_no_forecast_is_below_its_peak() -> None:
-    said = footprint.forecast(SHAPE, [alone(100)], How(), row_tokens=1000)
+    said = footprint.forecast(SHAPE, Load((alone(100),), row_tokens=1000), How())
     found = footprint.settled(said, resident=600_000_000, products=5, peak=0)
     assert (found.process, found.products, found.rows) == (600_000_000, 5, 0)
     assert found.total - said.total == 600_000_005 - said.process - said.products - said.rows

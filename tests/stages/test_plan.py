@@ -117,7 +117,8 @@ def test_every_offered_change_was_forecast_and_fits(made: Inputs, tmp_path: Path
     assert "plan.memory_gb: " in told and "plan.checkpointing: " in told
     length = int(told.split("plan.max_length: ")[1].split()[0])
     cut = layout.of([Encoded(row.ids[:length], row.mask[:length], row.id) for row in need.steps[0][:1]])
-    assert footprint.forecast(need.shape, [cut], need.how, need.row_tokens).total <= least * 0.97
+    load = replace(need.load(need.longest), layouts=(cut,))
+    assert footprint.forecast(need.shape, load, need.how).total <= least * 0.97
     assert "million parameters" in told
 
 

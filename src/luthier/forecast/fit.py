@@ -25,13 +25,18 @@ Steps = tuple[tuple[Encoded, ...], ...]
 
 @dataclass(frozen=True)
 class Work:
-    """What memory depends on. `row_tokens`: of all rows that the process holds."""
+    """What memory depends on.
+
+    row_tokens: of all rows that the process holds. reference: whether all rows are also asked without a way
+        back.
+    """
 
     shape: Shape
     steps: Steps
     validation: tuple[Encoded, ...]
     how: How
     row_tokens: int
+    reference: bool = False
     known: dict[int, tuple[Layout, ...]] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -48,8 +53,12 @@ class Work:
         return self.known[budget]
 
     def forecast(self, budget: int) -> Forecast:
-        looks = layout.step(self.validation, budget)
-        return footprint.forecast(self.shape, self.layouts(budget), self.how, self.row_tokens, looks)
+        return footprint.forecast(self.shape, self.load(budget), self.how)
+
+    def load(self, budget: int) -> footprint.Load:
+        met = self.layouts(budget)
+        looks = (*layout.step(self.validation, budget), *(met if self.reference else ()))
+        return footprint.Load(met, looks, len(met) > len(self.steps), len(self.steps), self.row_tokens)
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,12 @@ def shorter(work: Work, allowed: float) -> int | None:
     rows = [[step[at] for at in bond] for step, bond in work.bonds()]
 
     def fits(length: int) -> bool:
-        at = [
+        at = tuple(
             layout.of([replace(one, ids=one.ids[:length], mask=one.mask[:length]) for one in row])
             for row in rows
-        ]
-        return footprint.forecast(work.shape, at, work.how, work.row_tokens).total <= allowed
+        )
+        load = replace(work.load(work.longest), layouts=at)
+        return footprint.forecast(work.shape, load, work.how).total <= allowed
 
     return most(fits, 8, max(len(one.ids) for row in rows for one in row) - 1)
 

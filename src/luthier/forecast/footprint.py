@@ -5,17 +5,18 @@ keep from the forward to the backward pass, tensor by tensor, for the micro-batc
 (`forecast.layout`); Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980); bits per parameter as in the
 table that QLoRA's authors drew up (Dettmers et al. 2023, arXiv 2305.14314), double quantisation included.
 
-Four numbers are not derived, and hold for CPU runs with glibc at best: what the process takes before any
-weight, what one compiled product of the matrix library takes, how much freed memory cannot be used again
-while batches change their size, and slack. They are first estimates: how far off forecasts were with them is
-in docs/LOG.md (2026-11-25), and they have not been fitted since training's formulas are C++.
+Some numbers are not derived, and hold for CPU runs with glibc at best: what the process takes before any
+weight, what one compiled product of the matrix library takes (both are measured where a trial can be made,
+`settled`), and how much freed memory cannot be used again while batches change their size. The last was
+fitted to a few runs, listed with those it was judged by in bench/results/2026-11-25-plan.json.
 
 It does not know experts, optimisers that are sharded, or weights that train in the base itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -29,8 +30,10 @@ RUN = {"q_proj": 0, "qkv_proj": 0, "o_proj": 1, "gate_proj": 2, "gate_up_proj": 
 PROCESS_BYTES = 475_000_000  # Python with torch, transformers and PEFT loaded, before any weight
 PRODUCT_BYTES = 600_000  # one compiled product of the matrix library for one shape, 16 bit only
 PRODUCTS, PRODUCTS_A_SIZE = 128, 38  # how many are kept; how many one new micro-batch size makes
-FRAGMENTATION = 0.2  # of what comes and goes with a step: freed pieces that fit nothing
-SPREAD_BYTES = 60_000_000  # the same for any step: pieces that stay lie between those that go
+FRAGMENTATION = 0.18  # of what comes and goes with a step: freed pieces that fit nothing
+FRAGMENTATION_FLOAT32 = 0.05  # where no compiled products are made, and so stay, between them
+SATURATED = 16  # steps after which no more is lost so; up to there each doubling loses as much again
+SPREAD_BYTES = 75_000_000  # the same for any step: pieces that stay lie between those that go
 ROW_TOKEN_BYTES = 45  # a row's token and its mask, as Python keeps them
 
 
@@ -249,20 +252,36 @@ def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
     return (kept + passing, slope) if passing >= tile else (kept, tile + slope)
 
 
-def forecast(
-    shape: Shape, layouts: Iterable[Layout], how: How, row_tokens: int = 0, looks: Iterable[Layout] = ()
-) -> Forecast:
-    """The peak of a training process that meets these micro-batches and, without a way back, `looks`;
-    `row_tokens`: of all rows it holds."""
-    met = set(layouts)
+@dataclass(frozen=True)
+class Load:
+    """What a training process will meet.
+
+    layouts:    of all micro-batches; looks: of those without a way back.
+    several:    whether a step may have more than one, and so gradients while another is on its way.
+    row_tokens: of all rows that it holds.
+    steps:      each lays its tensors out anew, as its micro-batches are of other sizes.
+    """
+
+    layouts: tuple[Layout, ...]
+    looks: tuple[Layout, ...] = ()
+    several: bool = True
+    steps: int = SATURATED
+    row_tokens: int = 0
+
+
+def forecast(shape: Shape, load: Load, how: How) -> Forecast:
+    """The peak of a training process."""
+    met = set(load.layouts)
+    adapters = FLOAT32 * shape.trainable
     activations, head = max((moving_bytes(shape, at, how) for at in met), key=sum)
-    looked = max((looking_bytes(shape, at, how) for at in set(looks)), default=0)
+    if not load.several:  # gradients come as what was kept for them goes
+        activations = max(0, activations - adapters)
+    looked = max((looking_bytes(shape, at, how) for at in set(load.looks)), default=0)
     if looked > activations + head:
         activations, head = 0, looked
-    adapters = FLOAT32 * shape.trainable
     known = {
         "process": how.process_bytes + how.sampling_bytes,
-        "rows": ROW_TOKEN_BYTES * row_tokens,
+        "rows": ROW_TOKEN_BYTES * load.row_tokens,
         "weights": weights_bytes(shape),
         "adapters": adapters,
         "gradients": adapters,
@@ -272,8 +291,12 @@ def forecast(
         "checkpoint": 4 * adapters if how.here else 0,  # copies of weights and moments, the best weights
         "products": products_bytes(shape, how, len({at.tokens for at in met})),
     }  # fmt: skip
-    spread = how.spread_bytes + how.fragmentation * (activations + head) + how.slack * sum(known.values())
-    return Forecast(**known, slack=round(spread))
+    share = (
+        how.fragmentation if shape.weight_bytes < FLOAT32 else min(how.fragmentation, FRAGMENTATION_FLOAT32)
+    )
+    spread = how.spread_bytes + share * (activations + head)
+    spread *= min(1.0, math.log2(2 * load.steps) / math.log2(2 * SATURATED))
+    return Forecast(**known, slack=round(spread + how.slack * sum(known.values())))
 
 
 def products_bytes(shape: Shape, how: How, sizes: int) -> int:

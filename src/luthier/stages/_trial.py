@@ -76,6 +76,7 @@ def _micros(
     params = phase.objective.params
 
     def descend(micro: Batch) -> None:
+        model.zero_grad(set_to_none=True)  # as every step begins
         logp_N = head.batch_logps(model, micro, head.TILE, formulas)
         phase.objective.module.loss(logp_N, micro.reference_N, micro, params).total.backward()
 
