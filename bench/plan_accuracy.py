@@ -10,6 +10,7 @@ were set on; `HELD_OUT` shares none of them. Memory's peak is reached in a few s
 
 Times mean something on a quiet machine alone; memory does not care. `TIMES` are small models and more steps:
 all of them take about eight minutes where nothing else runs, and `--seconds` leaves off in time.
+`TIMES_BEFORE` were seen before the trial's times were made those of sizes not met before (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -104,25 +105,44 @@ HELD_OUT = (
            targets=("gate_proj", "up_proj", "down_proj")),
 )  # fmt: skip
 TIMES = (
-    Config("t-plain", 8, 384, 6, 2, 1024, 16384, (30, 120), 8, 34),
-    Config("t-float", 8, 320, 5, 5, 896, 16384, (30, 120), 8, 34, dtype="float32"),
-    Config("t-short", 12, 320, 5, 5, 896, 8192, (5, 40), 12, 40, r=8),
-    Config("t-long", 6, 320, 5, 5, 896, 8192, (500, 900), 1, 34, answer=40),
-    Config("t-mixed", 8, 320, 5, 1, 896, 16384, (5, 500), 4, 36),
-    Config("t-deep", 24, 192, 3, 3, 512, 8192, (40, 200), 4, 34),
-    Config("t-wide", 3, 896, 14, 2, 3072, 8192, (40, 200), 4, 34),
-    Config("t-words", 6, 320, 5, 5, 896, 98304, (30, 90), 6, 34, answer=20),
-    Config("t-rank", 8, 384, 6, 3, 1024, 8192, (40, 150), 6, 34, r=96),
-    Config("t-qv", 10, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, targets=("q_proj", "v_proj")),
-    Config("t-norms", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, family="qwen3"),
-    Config("t-gemma", 6, 320, 5, 5, 1024, 16384, (40, 150), 6, 34, family="gemma3"),
-    Config("t-phi", 8, 320, 5, 5, 896, 16384, (40, 150), 6, 34, family="phi3"),
-    Config("t-full", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, checkpointing="full"),
-    Config("t-selective", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, checkpointing="selective"),
-    Config("t-pairs", 8, 320, 5, 5, 896, 16384, (30, 90), 3, 34, answer=30, objective="dpo"),
-    Config("t-micros", 6, 320, 5, 5, 896, 8192, (200, 400), 16, 26),
+    Config("t-plain", 7, 448, 7, 7, 1216, 12288, (25, 140), 7, 32),
+    Config("t-float", 6, 384, 6, 3, 1024, 12288, (25, 100), 7, 32, dtype="float32"),
+    Config("t-qv", 9, 448, 7, 7, 1216, 8192, (30, 120), 6, 32, targets=("q_proj", "v_proj")),
+    Config("t-deep", 20, 256, 4, 2, 704, 8192, (30, 150), 4, 32),
+    Config("t-norms", 7, 448, 7, 7, 1216, 12288, (30, 120), 6, 32, family="qwen3"),
+    Config("t-gemma", 5, 384, 6, 2, 1152, 12288, (30, 120), 6, 32, family="gemma3"),
+    Config("t-full", 7, 448, 7, 7, 1216, 12288, (30, 120), 6, 32, checkpointing="full"),
+    Config("t-short", 10, 384, 6, 2, 1024, 8192, (5, 50), 10, 36, r=8),
+    Config("t-long", 5, 384, 6, 6, 1024, 8192, (400, 800), 1, 32, answer=30),
+    Config("t-mixed", 7, 384, 6, 6, 1024, 12288, (5, 400), 4, 32),
+    Config("t-wide", 4, 768, 12, 4, 2560, 8192, (30, 180), 4, 32),
+    Config("t-words", 5, 384, 6, 6, 1024, 81920, (30, 80), 6, 32, answer=16),
+    Config("t-rank", 7, 448, 7, 7, 1216, 8192, (30, 140), 6, 32, r=80),
+    Config("t-phi", 7, 384, 6, 6, 1024, 12288, (30, 130), 6, 32, family="phi3"),
+    Config("t-selective", 7, 448, 7, 7, 1216, 12288, (30, 120), 6, 32, checkpointing="selective"),
+    Config("t-pairs", 7, 384, 6, 6, 1024, 12288, (25, 80), 3, 32, answer=25, objective="dpo"),
+    Config("t-micros", 5, 384, 6, 6, 1024, 8192, (150, 350), 14, 26),
 )
-SETS = {"held-out": HELD_OUT, "fitting": FITTING, "times": TIMES}
+TIMES_BEFORE = (
+    Config("b-plain", 8, 384, 6, 2, 1024, 16384, (30, 120), 8, 34),
+    Config("b-float", 8, 320, 5, 5, 896, 16384, (30, 120), 8, 34, dtype="float32"),
+    Config("b-short", 12, 320, 5, 5, 896, 8192, (5, 40), 12, 40, r=8),
+    Config("b-long", 6, 320, 5, 5, 896, 8192, (500, 900), 1, 34, answer=40),
+    Config("b-mixed", 8, 320, 5, 1, 896, 16384, (5, 500), 4, 36),
+    Config("b-deep", 24, 192, 3, 3, 512, 8192, (40, 200), 4, 34),
+    Config("b-wide", 3, 896, 14, 2, 3072, 8192, (40, 200), 4, 34),
+    Config("b-words", 6, 320, 5, 5, 896, 98304, (30, 90), 6, 34, answer=20),
+    Config("b-rank", 8, 384, 6, 3, 1024, 8192, (40, 150), 6, 34, r=96),
+    Config("b-qv", 10, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, targets=("q_proj", "v_proj")),
+    Config("b-norms", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, family="qwen3"),
+    Config("b-gemma", 6, 320, 5, 5, 1024, 16384, (40, 150), 6, 34, family="gemma3"),
+    Config("b-phi", 8, 320, 5, 5, 896, 16384, (40, 150), 6, 34, family="phi3"),
+    Config("b-full", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, checkpointing="full"),
+    Config("b-selective", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, checkpointing="selective"),
+    Config("b-pairs", 8, 320, 5, 5, 896, 16384, (30, 90), 3, 34, answer=30, objective="dpo"),
+    Config("b-micros", 6, 320, 5, 5, 896, 8192, (200, 400), 16, 26),
+)
+SETS = {"held-out": HELD_OUT, "fitting": FITTING, "times": TIMES, "times-before": TIMES_BEFORE}
 EVERY = tuple(config for each in SETS.values() for config in each)
 GUARDS = {
     "guard-8": {"train.0.steps": 30, "train.0.method.r": 8},

@@ -72,7 +72,8 @@ def _micros(
     formulas = native.kernels(need.how.compiled)
     memory.hold()
     fused.fuse(model, formulas, chosen.checkpointing.value)
-    made = [(_taught(batch.collate(rows), phase.objective), layout.of(rows)) for rows in _few(work, chosen)]
+    warm, *micros = _few(work, chosen)
+    made = [(_taught(batch.collate(rows), phase.objective), layout.of(rows)) for rows in micros]
     params = phase.objective.params
 
     def descend(micro: Batch) -> None:
@@ -83,7 +84,7 @@ def _micros(
     model.train()
     memory.release()
     told = memory.forget_peak()
-    descend(made[0][0])  # warms caches up and makes the gradients' memory; the smallest will do
+    descend(_taught(batch.collate(warm), phase.objective))  # the first one makes what all others use again
     timed: list[Timed] = [
         (flops.training(shape, at, chosen.checkpointing).total, _seconds(descend, micro))
         for micro, at in made
@@ -106,7 +107,11 @@ def _taught(micro: Batch, objective: Any) -> Batch:
 
 
 def _few(work: Work, chosen: fit.Choice) -> list[list[Encoded]]:
-    """The smallest, the middle and the largest, of those with something to learn."""
+    """One to warm up with; then the smallest, the middle and the largest, of those with something to learn.
+
+    Steps seldom have the size of those just before them, and a new size has its products compiled first. So
+    the one to warm up with is of another size than those that are timed, if there is one.
+    """
     need = work.need
     fullest = max(need.steps, key=lambda step: sum(len(row.ids) for row in step))
     micros = [
@@ -116,7 +121,10 @@ def _few(work: Work, chosen: fit.Choice) -> list[list[Encoded]]:
     ]
     learnt = [rows for rows in micros if any(any(row.mask[1:]) for row in rows)] or micros
     ordered = sorted(learnt, key=_tokens)
-    return [ordered[at] for at in sorted({0, len(ordered) // 2, len(ordered) - 1})]
+    timed = [ordered[at] for at in sorted({0, len(ordered) // 2, len(ordered) - 1})]
+    sizes = {_tokens(rows) for rows in timed}
+    warm = next((rows for rows in ordered if _tokens(rows) not in sizes), ordered[0])
+    return [warm, *timed]
 
 
 def _tokens(rows: Sequence[Encoded]) -> int:
