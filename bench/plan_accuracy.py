@@ -1,12 +1,13 @@
 """How far the plan is from what comes: peak memory and time, over configurations it was not fitted to.
 
-    python bench/plan_accuracy.py RESULT.json [--set held-out|fitting|times] [--only NAME,…] [--guard HOME]
+    python bench/plan_accuracy.py RESULT.json [--set SET] [--only NAME,…] [--guard HOME]
 
 Every configuration is a random-weight model, rows of random words and a recipe, taken through data, model,
 plan and train in a fresh process; `--guard HOME` adds `examples/guard.yaml`'s real base, in that home. Peaks
 are the kernel's (`VmHWM`) of the train stage. The result is written after every run, and what is in it
 already is not run again. `FITTING` holds the configurations that the constants of `forecast/footprint.py`
-were set on; `HELD_OUT` shares none of them. Memory's peak is reached in a few steps, so they are short.
+were set on; `HELD_OUT` shares none of them, and as what is lost to the heap was set once more after a look
+at it, `JUDGED` was drawn then. Memory's peak is reached in a few steps, so they are short.
 
 Times mean something on a quiet machine alone; memory does not care. `TIMES` are small models and more steps:
 all of them take about eight minutes where nothing else runs, and `--seconds` leaves off in time.
@@ -104,6 +105,26 @@ HELD_OUT = (
     Config("mlp-only", 12, 512, 8, 8, 1408, 32000, (50, 250), 8, 14,
            targets=("gate_proj", "up_proj", "down_proj")),
 )  # fmt: skip
+JUDGED = (
+    Config("j-smol", 30, 576, 9, 3, 1536, 49152, (20, 70), 8, 10, r=12),
+    Config("j-smol-float", 30, 576, 9, 3, 1536, 49152, (20, 60), 6, 6, dtype="float32", r=4),
+    Config("j-pairs", 14, 512, 8, 4, 1408, 24576, (30, 130), 3, 14, answer=40, objective="dpo"),
+    Config("j-full", 20, 448, 7, 7, 1216, 24576, (60, 300), 4, 16, checkpointing="full", r=24),
+    Config("j-selective", 12, 576, 9, 9, 1536, 16384, (60, 300), 4, 14, checkpointing="selective"),
+    Config("j-long", 6, 448, 7, 7, 1216, 16384, (900, 1500), 1, 20, answer=60),
+    Config("j-longer", 5, 320, 5, 5, 896, 16384, (2100, 2600), 1, 16),
+    Config("j-wide", 3, 1152, 18, 6, 4608, 16384, (60, 400), 3, 18),
+    Config("j-deep", 32, 320, 5, 5, 896, 8192, (30, 160), 5, 22, r=4),
+    Config("j-words", 8, 512, 8, 2, 1408, 131072, (40, 120), 6, 14, answer=30),
+    Config("j-rank", 10, 576, 9, 3, 1536, 16384, (40, 200), 5, 18, r=160),
+    Config("j-qv", 12, 512, 8, 8, 1408, 16384, (30, 150), 6, 36, targets=("q_proj", "v_proj")),
+    Config("j-norms", 12, 448, 7, 7, 1216, 32768, (50, 250), 5, 22, family="qwen3"),
+    Config("j-gemma", 8, 448, 7, 7, 1344, 32768, (50, 200), 5, 18, family="gemma3"),
+    Config("j-phi", 9, 448, 7, 7, 1216, 16384, (50, 300), 4, 24, family="phi3"),
+    Config("j-mistral", 10, 384, 6, 3, 1024, 16384, (30, 250), 5, 30, family="mistral"),
+    Config("j-small", 5, 256, 4, 4, 704, 8192, (10, 150), 8, 80),
+    Config("j-steps", 9, 384, 6, 6, 1024, 12288, (5, 90), 6, 120, r=32),
+)
 TIMES = (
     Config("t-plain", 7, 448, 7, 7, 1216, 12288, (25, 140), 7, 32),
     Config("t-float", 6, 384, 6, 3, 1024, 12288, (25, 100), 7, 32, dtype="float32"),
@@ -143,6 +164,7 @@ TIMES_BEFORE = (
     Config("b-micros", 6, 320, 5, 5, 896, 8192, (200, 400), 16, 26),
 )
 SETS = {"held-out": HELD_OUT, "fitting": FITTING, "times": TIMES, "times-before": TIMES_BEFORE}
+SETS |= {"judged": JUDGED}
 EVERY = tuple(config for each in SETS.values() for config in each)
 GUARDS = {
     "guard-8": {"train.0.steps": 30, "train.0.method.r": 8},
@@ -159,7 +181,7 @@ def main() -> None:
         again(done, asked)
     known = {run["name"] for run in done["runs"]}
     names = [config.name for config in SETS[asked.set]]
-    names += list(GUARDS) if asked.guard and asked.set == "held-out" else []
+    names += list(GUARDS) if asked.guard and asked.set == "judged" else []
     began = time.monotonic()
     for name in names:
         if time.monotonic() - began > asked.seconds:
@@ -201,7 +223,7 @@ def cpu() -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("result", type=Path)
-    parser.add_argument("--set", default="held-out", choices=sorted(SETS))
+    parser.add_argument("--set", default="judged", choices=sorted(SETS))
     parser.add_argument("--again", action="store_true", help="plan anew what was run already; train nothing")
     parser.add_argument("--only", help="these names, with commas")
     parser.add_argument("--guard", help="a home in which examples/guard.yaml can run")

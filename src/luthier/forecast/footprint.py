@@ -30,10 +30,10 @@ RUN = {"q_proj": 0, "qkv_proj": 0, "o_proj": 1, "gate_proj": 2, "gate_up_proj": 
 PROCESS_BYTES = 475_000_000  # Python with torch, transformers and PEFT loaded, before any weight
 PRODUCT_BYTES = 600_000  # one compiled product of the matrix library for one shape, 16 bit only
 PRODUCTS, PRODUCTS_A_SIZE = 128, 38  # how many are kept; how many one new micro-batch size makes
-FRAGMENTATION = 0.18  # of what comes and goes with a step: freed pieces that fit nothing
-FRAGMENTATION_FLOAT32 = 0.05  # where no compiled products are made, and so stay, between them
-SATURATED = 16  # steps after which no more is lost so; up to there each doubling loses as much again
-SPREAD_BYTES = 75_000_000  # the same for any step: pieces that stay lie between those that go
+FRAGMENTATION = 0.15  # of what comes and goes with a step: freed pieces that fit nothing
+SPREAD_BYTES = 105_000_000  # the same for any step: pieces that stay lie between those that go
+FRAGMENTATION_FLOAT32, SPREAD_FLOAT32_BYTES = 0.08, 40_000_000  # where no compiled products are made
+SATURATED = 32  # steps after which no more is lost so; up to there each doubling loses as much again
 ROW_TOKEN_BYTES = 45  # a row's token and its mask, as Python keeps them
 
 
@@ -149,8 +149,7 @@ class How:
 
     here: on a CPU, whose matrix library keeps one compiled product for each shape of 16 bit numbers, and
         whose memory holds checkpoints until they are on disk.
-    fragmentation, spread_bytes: what freed pieces that fit nothing take: a share of what comes and goes, and
-        what they take in any case.
+    fragmentation: what freed pieces that fit nothing take of what comes and goes (`lost_bytes`).
     sampling_bytes: what the same process holds to sample answers, beside all of training.
     """
 
@@ -159,7 +158,6 @@ class How:
     tile: int = TILE
     process_bytes: int = PROCESS_BYTES
     fragmentation: float = FRAGMENTATION
-    spread_bytes: int = SPREAD_BYTES
     slack: float = 0.0
     here: bool = True
     product_bytes: int = PRODUCT_BYTES
@@ -276,9 +274,10 @@ def forecast(shape: Shape, load: Load, how: How) -> Forecast:
     activations, head = max((moving_bytes(shape, at, how) for at in met), key=sum)
     if not load.several:  # gradients come as what was kept for them goes
         activations = max(0, activations - adapters)
+    lost = lost_bytes(shape, activations + head, how, load.steps)
     looked = max((looking_bytes(shape, at, how) for at in set(load.looks)), default=0)
-    if looked > activations + head:
-        activations, head = 0, looked
+    if looked > activations + head + lost:  # freed memory is given back around a look
+        activations, head, lost = 0, looked, round(how.fragmentation * looked)
     known = {
         "process": how.process_bytes + how.sampling_bytes,
         "rows": ROW_TOKEN_BYTES * load.row_tokens,
@@ -291,12 +290,18 @@ def forecast(shape: Shape, load: Load, how: How) -> Forecast:
         "checkpoint": 4 * adapters if how.here else 0,  # copies of weights and moments, the best weights
         "products": products_bytes(shape, how, len({at.tokens for at in met})),
     }  # fmt: skip
-    share = (
-        how.fragmentation if shape.weight_bytes < FLOAT32 else min(how.fragmentation, FRAGMENTATION_FLOAT32)
-    )
-    spread = how.spread_bytes + share * (activations + head)
-    spread *= min(1.0, math.log2(2 * load.steps) / math.log2(2 * SATURATED))
-    return Forecast(**known, slack=round(spread + how.slack * sum(known.values())))
+    return Forecast(**known, slack=round(lost + how.slack * sum(known.values())))
+
+
+def lost_bytes(shape: Shape, moving: int, how: How, steps: int) -> int:
+    """Freed pieces that fit nothing: in any case some, though no more than comes and goes, and a share of
+    what does. Steps of other sizes lose more and more, where compiled products are made and stay between."""
+    if not how.here:
+        return round(how.fragmentation * moving)
+    if shape.weight_bytes == FLOAT32:
+        return round(min(SPREAD_FLOAT32_BYTES, moving) + FRAGMENTATION_FLOAT32 * moving)
+    grown = min(1.0, math.log2(2 * steps) / math.log2(2 * SATURATED))
+    return round(grown * (min(SPREAD_BYTES, moving) + how.fragmentation * moving))
 
 
 def products_bytes(shape: Shape, how: How, sizes: int) -> int:

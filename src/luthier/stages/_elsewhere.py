@@ -39,7 +39,7 @@ def how(device: Device | None, compiled: bool) -> How:
     if device is None:
         return How(compiled=compiled)
     return How(  # shares are assumed, not measured
-        compiled=True, process_bytes=CONTEXT_BYTES, here=False, fragmentation=0.05, spread_bytes=0, slack=0.02
+        compiled=True, process_bytes=CONTEXT_BYTES, here=False, fragmentation=0.05, slack=0.02
     )  # fmt: skip
 
 
