@@ -74,7 +74,7 @@ def test_gradients_take_the_place_of_what_was_kept_where_a_step_is_one_micro_bat
         footprint.forecast(shape, Load((alone(500),), several=several), How(fragmentation=0))
         for several in (False, True)
     )
-    assert more.total - one.total == one.gradients == 40_000
+    assert more.activations - one.activations == one.gradients == 40_000
 
 
 def test_a_trial_stands_for_what_was_assumed_and_no_forecast_is_below_its_peak() -> None:

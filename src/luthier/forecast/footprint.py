@@ -32,8 +32,9 @@ PRODUCT_BYTES = 600_000  # one compiled product of the matrix library for one sh
 PRODUCTS, PRODUCTS_A_SIZE = 128, 38  # how many are kept; how many one new micro-batch size makes
 FRAGMENTATION = 0.15  # of what comes and goes with a step: freed pieces that fit nothing
 SPREAD_BYTES = 105_000_000  # the same for any step: pieces that stay lie between those that go
+LEAST_SPREAD_BYTES, SPREAD_SHARE = 55_000_000, 0.6  # of small models, and where little is kept, less
 FRAGMENTATION_FLOAT32, SPREAD_FLOAT32_BYTES = 0.08, 40_000_000  # where no compiled products are made
-SATURATED = 32  # steps after which no more is lost so; up to there each doubling loses as much again
+SATURATED = 24  # steps after which no more is lost so; up to there each doubling loses as much again
 ROW_TOKEN_BYTES = 45  # a row's token and its mask, as Python keeps them
 
 
@@ -294,14 +295,17 @@ def forecast(shape: Shape, load: Load, how: How) -> Forecast:
 
 
 def lost_bytes(shape: Shape, moving: int, how: How, steps: int) -> int:
-    """Freed pieces that fit nothing: in any case some, though no more than comes and goes, and a share of
-    what does. Steps of other sizes lose more and more, where compiled products are made and stay between."""
+    """Freed pieces that fit nothing: in any case some, and a share of what comes and goes.
+
+    Steps of other sizes lose more and more, where compiled products are made and stay between.
+    """
     if not how.here:
         return round(how.fragmentation * moving)
     if shape.weight_bytes == FLOAT32:
         return round(min(SPREAD_FLOAT32_BYTES, moving) + FRAGMENTATION_FLOAT32 * moving)
     grown = min(1.0, math.log2(2 * steps) / math.log2(2 * SATURATED))
-    return round(grown * (min(SPREAD_BYTES, moving) + how.fragmentation * moving))
+    spread = min(SPREAD_BYTES, LEAST_SPREAD_BYTES + SPREAD_SHARE * moving)
+    return round(grown * (spread + how.fragmentation * moving))
 
 
 def products_bytes(shape: Shape, how: How, sizes: int) -> int:
