@@ -18,7 +18,7 @@ import pytest
 
 from luthier import audit, budgets, keys
 from luthier.errors import ServeError
-from luthier.http import Secure
+from luthier.http import Secure, auth
 from luthier.http.app import create_app
 from luthier.http.auth import OPEN, ROUTES
 from luthier.http.server import Door, serve
@@ -138,6 +138,18 @@ def test_revoked_and_expired_keys_open_nothing_from_the_next_request_on(server: 
     assert refused.status_code == 401 and "revoked" in refused.json()["error"]["message"]
     _, late = keys.create(world.store, "acme", [Scope.READ], lives=timedelta(seconds=-1))
     assert "expired" in ask(server, "GET", "/v1/models", late).json()["error"]["message"]
+
+
+def test_a_revoked_key_opens_nothing_though_the_door_remembers_whose_it_was(
+    server: Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "LATELY_S", 3600.0)
+    body = {"model": "guard", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 2}
+    key, secret = keys.create(world.store, "local", [Scope.INFER])
+    assert ask(server, "POST", "/v1/chat/completions", secret, json=body).status_code == 200
+    keys.revoke(world.store, key.id)
+    refused = ask(server, "POST", "/v1/chat/completions", secret, json=body)
+    assert refused.status_code == 401 and "revoked" in refused.json()["error"]["message"]
 
 
 def test_budgets_are_kept_and_told_in_openais_headers(server: Client, world: World) -> None:

@@ -102,11 +102,11 @@ def test_text_holds_no_control_token_but_token_ids_may(client: Any, tokenizer: A
         ("best_of", {"best_of": 2}),
         ("suffix", {"suffix": "end"}),
         ("prompt", {"prompt": []}),
-        ("prompt", {"prompt": ["a"] * 100}),
+        ("prompt", {"prompt": ["a"] * 2049}),
         ("prompt", {"prompt": [["a"]]}),
         ("prompt", {"prompt": [-1]}),
         ("prompt", {"prompt": [10_000]}),
-        ("n", {"n": 8, "prompt": ["a"] * 9}),
+        ("n", {"n": 8, "prompt": ["a"] * 257}),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(client: Any, param: str, wrong: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def test_a_vector_is_the_mean_hidden_state_at_unit_length(world: World, client: 
     [
         ("input", {"input": ""}),
         ("input", {"input": []}),
-        ("input", {"input": ["a"] * 300}),
+        ("input", {"input": ["a"] * 2049}),
         ("dimensions", {"dimensions": 3}),
         ("encoding_format", {"encoding_format": "xml"}),
     ],

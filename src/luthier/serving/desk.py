@@ -124,6 +124,13 @@ class Desk:
         with self._changed:
             self._require_room(turn or Turn(), answers)
 
+    def roomy(self) -> bool:
+        """Whether one more that can wait may come: half the queue is free for others even then."""
+        with self._changed:
+            idle = max(0, self._limits.active - len(self._places()))
+            free = self._limits.waiting + idle - self._length()
+            return free > self._limits.waiting // 2
+
     def warm(self, target: Target) -> None:
         self.engine.warm(target)
 

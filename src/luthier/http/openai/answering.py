@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
 from starlette.background import BackgroundTask
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import StreamingResponse
 
 from luthier.errors import LuthierError
 from luthier.http import problems
 from luthier.http.exchange import GONE, Exchange
-from luthier.serving.worker import Heard
+from luthier.http.problems import RequestError
+from luthier.serving.worker import Ask, Heard
 from luthier.store import RequestRecord
 
 log = logging.getLogger("luthier.http")
@@ -89,7 +91,8 @@ async def _whole(exchange: Exchange, telling: Telling, first: tuple[int, Heard])
         telling.heard(*await exchange.next())
     exchange.ended(200)
     exchange.close()
-    return JSONResponse(telling.whole(_usage(exchange)), headers=exchange.headers)
+    content = await run_in_threadpool(lambda: written(telling.whole(_usage(exchange))))
+    return Response(content, headers=exchange.headers, media_type="application/json")
 
 
 async def _stream(exchange: Exchange, telling: Telling, first: tuple[int, Heard]) -> AsyncIterator[bytes]:
@@ -117,6 +120,33 @@ async def _stream(exchange: Exchange, telling: Telling, first: tuple[int, Heard]
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
+
+
+def written(body: dict[str, Any]) -> bytes:
+    """As JSON, the members of its lists one by one: while one is written nothing else of the process runs,
+    and two thousand vectors would hold up everybody's tokens."""
+    members = (
+        f"{_json(key)}:[{','.join(map(_json, value))}]"
+        if isinstance(value, list)
+        else f"{_json(key)}:{_json(value)}"
+        for key, value in body.items()
+    )
+    return f"{{{','.join(members)}}}".encode()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def within(most: int, asks: Iterable[Ask], param: str, n: int = 1) -> list[Ask]:
+    """All of them, unless what they read, and may write `n` times, is more tokens than one request may be."""
+    found, tokens = [], 0
+    for ask in asks:
+        found.append(ask)
+        tokens += len(ask.prompt_ids) + n * ask.sampling.max_new_tokens
+        if tokens > most:
+            raise RequestError(f"more than {most} tokens in one request", param=param)
+    return found
 
 
 def _usage(exchange: Exchange) -> Usage:

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 
 from luthier.http.chat import Spoken, read
 from luthier.http.exchange import Exchange
-from luthier.http.openai.answering import Note, Telling, Usage, respond
+from luthier.http.openai.answering import Note, Telling, Usage, respond, within
 from luthier.http.problems import RequestError
 from luthier.serving import limits
 from luthier.serving.service import Service, Voice
@@ -70,12 +70,14 @@ def routes(service: Service, note: Note) -> APIRouter:
 
             def prepare() -> list[Ask]:
                 turn = exchange.turn
-                return [service.prepare_text(target, prompt, options, turn) for prompt in given.prompts]
+                asks = (service.prepare_text(target, prompt, options, turn) for prompt in given.prompts)
+                return within(limits.PROMPTS_TOKENS, asks, "prompt", given.n or 1)
 
             asks = await run_in_threadpool(prepare)
             voice = await run_in_threadpool(service.voice, target)
-            exchange.begin(service, asks, given.n or 1)
-            return Answers(given, target.release_digest, voice, asks)
+            answers = await run_in_threadpool(Answers, given, target.release_digest, voice, asks)
+            exchange.feed(service, asks, given.n or 1)
+            return answers
 
         return await respond(request, note, begin)
 
@@ -87,7 +89,7 @@ def parse(data: bytes) -> CompletionRequest:
     if given.max_tokens == 0 and not given.echo:
         raise RequestError("`max_tokens` of 0 asks for nothing without `echo`", param="max_tokens")
     if len(given.prompts) * (given.n or 1) > limits.PROMPTS:
-        raise RequestError(f"more than {limits.PROMPTS} answers at once", param="n")
+        raise RequestError(f"more than {limits.PROMPTS} answers", param="n")
     if any(not prompt for prompt in given.prompts):
         raise RequestError("a prompt is empty", param="prompt")
     return given

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 
 from luthier.http.chat import Given, read
 from luthier.http.exchange import Exchange
-from luthier.http.openai.answering import Note, Telling, Usage, respond
+from luthier.http.openai.answering import Note, Telling, Usage, respond, within
 from luthier.http.problems import RequestError
 from luthier.serving import limits
 from luthier.serving.service import Options, Service
@@ -67,9 +67,10 @@ def routes(service: Service, note: Note) -> APIRouter:
 
             def prepare() -> list[Ask]:
                 turn = exchange.turn
-                return [service.prepare_text(target, text, EMBED, turn) for text in given.inputs]
+                asks = (service.prepare_text(target, text, EMBED, turn) for text in given.inputs)
+                return within(limits.INPUTS_TOKENS, asks, "input")
 
-            exchange.begin(service, await run_in_threadpool(prepare))
+            exchange.feed(service, await run_in_threadpool(prepare))
             return Vectors(given)
 
         return await respond(request, note, begin)
@@ -87,7 +88,7 @@ class Vectors:
 
     def __init__(self, given: EmbeddingRequest) -> None:
         self._given = given
-        self._found: dict[int, list[float]] = {}
+        self._found: dict[int, list[float] | str] = {}
 
     def opening(self) -> list[dict[str, Any]]:
         return []
@@ -100,12 +101,12 @@ class Vectors:
             size = len(event.values)
             if self._given.dimensions not in (None, size):
                 raise RequestError(f"this model's vectors have {size} dimensions", param="dimensions")
-            self._found[n] = _unit(event.values)
+            self._found[n] = self._written(_unit(event.values))
         return []
 
     def whole(self, usage: Usage) -> dict[str, Any]:
         data = [
-            {"object": "embedding", "index": n, "embedding": self._written(vector)}
+            {"object": "embedding", "index": n, "embedding": vector}
             for n, vector in sorted(self._found.items())
         ]
         read = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
