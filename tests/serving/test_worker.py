@@ -23,7 +23,8 @@ LONG = Options(max_tokens=1900)
 
 @pytest.fixture(scope="module")
 def service(world: World) -> Iterator[Service]:
-    with Service(world.store, world.home, Limits(active=4, waiting=8, adapters=2, bases=1)) as service:
+    limits = Limits(active=4, waiting=8, adapters=2, bases=1, first_s=600.0)  # bounded by number alone
+    with Service(world.store, world.home, limits) as service:
         yield service
 
 
@@ -97,8 +98,10 @@ def test_a_cancelled_answer_frees_its_place_before_the_next_token(service: Servi
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back(service: Service) -> None:
-    cancels = [begin(service, ask_for(service, "guard", "hello there", LONG))[1] for _ in range(12)]
+    cancels: list[Callable[[], None]] = []
     try:
+        for _ in range(12):
+            cancels.append(begin(service, ask_for(service, "guard", "hello there", LONG))[1])
         with pytest.raises(Busy) as refusal:
             ask_for(service, "guard", "hello there", LONG)
         assert 1 <= refusal.value.retry_after_s <= 60
