@@ -6,8 +6,8 @@ A step of few tokens costs little more than reading the weights once, because no
 two layers. Whatever is not taken here (`takes`) answers through `engine.answering`, more slowly.
 
 Like that one, a `Stack` proves itself against transformers' untouched forward before it is used. It does not
-know requests, sampling, or which block is whose. On CPUs with matrix units (AMX) it is not used: products of
-many tokens are faster there through torch.
+know requests, sampling, or which block is whose. On CPUs with matrix units (AMX) it is not used: torch's
+products use them and tiles here do not; which is faster there is not measured.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from luthier.errors import ModelError
 SOURCE = Path(__file__).with_name("stack.cpp")
 TILE = 16
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
-STEADY = frozenset(
-    {"default", "llama3", "linear", "yarn"}
-)  # rotary tables that do not change with the length
+# Kinds of rotary positions whose table does not change with the length.
+STEADY = frozenset({"default", "llama3", "linear", "yarn"})
 
 
 class _Linear(ctypes.Structure):
