@@ -10,8 +10,10 @@
     open       requests arrive by a Poisson process, answered or not, over eight adapters: first token, gaps
 
 Each round starts every server once (ABCABC …), so that what else happens on the machine falls on all of
-them. The result is written after every server; the same command goes on where it was stopped. MADE_FOLDER
-comes from serving/made.py. It does not know how a server is started: serving/systems.py does.
+them; the three loads of 16 clients begin with another one each round, for the same reason. `adapters cost`
+is what `adapter` and `mixed` fall short of the same round's `base`. The result is written after every
+server; the same command goes on where it was stopped. MADE_FOLDER comes from serving/made.py. It does not
+know how a server is started: serving/systems.py does.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from serving.systems import ADAPTERS, Server, peak_rss_bytes, started
 
 SYSTEMS = ("luthier", "vllm-lora", "vllm-merged", "llamacpp", "peft")
 SERIAL = ("peft",)  # answers one request after another: what 16 clients get is what one gets
-TOKENS, STREAMS, WAVES = 128, 16, 1
+TOKENS, STREAMS, WAVES = 128, 16, 2
 OPEN = {"rate_per_s": 1.0, "requests": 30, "tokens": 64}
 PORT = 8477
 LIMIT_S = 1200
@@ -117,11 +119,9 @@ def jobs(system: str, server: Server, prompts: dict[str, Any], turn: int) -> dic
     found["prefill"] = {"streams": 1, "requests": asked(["a1"], 4, 1, long)}
     if system in SERIAL:
         return found
-    found["adapter"] = {"streams": STREAMS, "requests": asked(["a1"], many)}
-    if "base" in server.models:
-        found["base"] = {"streams": STREAMS, "requests": asked(["base"], many)}
-    if some:
-        found["mixed"] = {"streams": STREAMS, "requests": asked(some, many)}
+    loads = {"adapter": ["a1"], "base": ["base"] if "base" in server.models else [], "mixed": some}
+    turned = [name for name in (*loads, *loads)[turn % 3 :][:3] if loads[name]]
+    found |= {name: {"streams": STREAMS, "requests": asked(loads[name], many)} for name in turned}
     arrivals = asked(some or adapters, OPEN["requests"], int(OPEN["tokens"]))
     at = 0.0
     for request in arrivals:
@@ -186,6 +186,11 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             values = [run[load][figure] for run in mine if run.get(load, {}).get(figure) is not None]
             if values:
                 figures[f"{load} {figure}"] = [median(values), min(values), max(values)]
+        for load in ("adapter", "mixed"):
+            costs = [1 - run[load]["tokens_per_s"] / run["base"]["tokens_per_s"]
+                     for run in mine if load in run and "base" in run]  # fmt: skip
+            if costs:
+                figures[f"{load} cost"] = [round(of(costs), 3) for of in (median, min, max)]
         if mine:
             figures["peak_gb"] = round(median(run["peak_rss_bytes"] for run in mine) / 1e9, 2)
         found[system] = figures
@@ -195,7 +200,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def show(found: dict[str, dict[str, Any]]) -> str:
     """The figures as Markdown."""
     heads = [f"{load}, {figure.removesuffix('_s').replace('_', ' ')}" for load, figure in WANTED]
-    lines = ["| system | " + " | ".join(heads) + " | peak GB |", "|---" * (len(heads) + 2) + "|"]
+    heads += ["adapters cost, one", "eight", "peak GB"]
+    lines = ["| system | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for system, figures in found.items():
         cells = []
         for load, figure in WANTED:
@@ -204,6 +210,9 @@ def show(found: dict[str, dict[str, Any]]) -> str:
             cells.append(
                 f"{value[0]:.{digits}f} ({value[1]:.{digits}f}–{value[2]:.{digits}f})" if value else ""
             )
+        for load in ("adapter", "mixed"):
+            cost = figures.get(f"{load} cost")
+            cells.append("{:.0%} ({:.0%}–{:.0%})".format(*cost) if cost else "")
         lines.append(f"| {system} | " + " | ".join(cells) + f" | {figures.get('peak_gb', '')} |")
     return "\n".join(lines)
 
