@@ -56,6 +56,18 @@ def test_a_conversation_may_end_with_the_user_when_it_is_a_question() -> None:
     assert conversation(turns(("user", "a")), "request")[0].role is Role.USER
 
 
+def test_in_a_request_anyone_may_speak_twice_and_calls_are_answered_all_the_same() -> None:
+    said = turns(("assistant", "hi"), ("user", "a"), ("user", "b"), ("system", "c"), ("user", "d"))
+    assert [turn.role.value for turn in conversation(said, "here", in_turn=False)] == [
+        m["role"] for m in said
+    ]
+    with pytest.raises(DataError, match="expected 'user'"):
+        conversation(said, "here")
+    answer = {"role": "tool", "content": "x", "tool_call_id": "nobody's"}
+    with pytest.raises(DataError, match="expected 'assistant'"):
+        conversation([*turns(("user", "a")), answer], "here", in_turn=False)
+
+
 PROMPT = turns(("system", "be brief"), ("user", "hi"))
 
 

@@ -123,6 +123,9 @@ def serve(  # noqa: PLR0913 - each is an option of the command
         str | None,
         typer.Option(help="whom graders may ask: '{name: remote, url: …, model: …, key_env: …}'"),
     ] = None,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="write what is asked and answered to a file below the home")
+    ] = False,
     tls_cert: Annotated[
         Path | None, typer.Option(help="certificate chain, PEM; with --tls-key: HTTPS")
     ] = None,
@@ -143,7 +146,10 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     def announce(ready: dict[str, Any]) -> None:
         model = brought.get("name") or next(iter(ready["models"]), None)
         if as_json:
-            print(json.dumps({"url": ready["url"], "key": ready["key"], "model": model}), flush=True)
+            said = {"url": ready["url"], "key": ready["key"], "model": model}
+            if "prompt_log" in ready:
+                said["prompt_log"] = ready["prompt_log"]
+            print(json.dumps(said), flush=True)
         else:
             tables.serving(results, ready)
 
@@ -155,7 +161,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
         secure = http.Secure(tls_cert, tls_key, insecure)
         http.serve(
             home=home, host=host, port=port, key=key, workers=workers, cached=cache, backend=backend,
-            judge=judge, secure=secure, announce=announce,
+            judge=judge, log_prompts=log_prompts, secure=secure, announce=announce,
         )  # fmt: skip
 
 

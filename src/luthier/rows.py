@@ -238,9 +238,10 @@ def _named(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def conversation(messages: object, where: str) -> tuple[Message, ...]:
+def conversation(messages: object, where: str, in_turn: bool = True) -> tuple[Message, ...]:
     """Validate turns: an optional system first, then user and assistant in turn, none of them empty; after
-    an assistant's calls an answer to each of them."""
+    an assistant's calls an answer to each of them. Rows to learn from keep that order; without `in_turn` who
+    speaks when is the chat template's business, as it is OpenAI's in a request."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise DataError("`messages` must be a non-empty list", where=where)
     turns = tuple(_message(message, f"{where}, message {n}") for n, message in enumerate(messages, 1))
@@ -249,7 +250,8 @@ def conversation(messages: object, where: str) -> tuple[Message, ...]:
         raise DataError("only a system message; a user turn must follow", where=where)
     wanted, open_calls = Role.USER, set[str]()
     for n, turn in enumerate(spoken, 1):
-        if turn.role is not wanted:
+        tool = Role.TOOL in (turn.role, wanted)
+        if turn.role is not wanted and (in_turn or tool):
             hint = "the order is: system (optional, first), then user and assistant in turn"
             if open_calls:
                 hint = f"these calls have no answer yet: {', '.join(sorted(open_calls))}"

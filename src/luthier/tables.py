@@ -245,6 +245,10 @@ def serving(console: Console, ready: Row) -> None:
     console.print(f"for the official client: {client}", soft_wrap=True, markup=False, highlight=False)
     models = ", ".join(ready["models"]) or "none yet; a release is served as soon as an alias stands on it"
     console.print(f"models: {models}", soft_wrap=True)
+    if "prompt_log" in ready:
+        console.print(
+            f"prompts and answers are logged in {ready['prompt_log']}", style="bold", soft_wrap=True
+        )
     console.print("stop with Ctrl-C; promote and rollback are followed without a restart", style="dim")
 
 

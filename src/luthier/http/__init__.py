@@ -37,6 +37,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     cached: int = 0,
     backend: str | None = None,
     judge: str | None = None,
+    log_prompts: bool = False,
     secure: Secure = PLAIN,
     announce: Callable[[dict[str, Any]], None] = _quiet,
 ) -> None:
@@ -48,6 +49,8 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     `workers` processes carry out fine-tuning jobs meanwhile; `cached` deterministic answers are kept.
     `backend` says what computes them, as `{name: vllm, its: settings}`; by default our own engine.
     `judge` names a model elsewhere that graders may ask, as `{name: remote, url: …, model: …, key_env: …}`.
+    With `log_prompts` what is asked and answered is written to a file below the home, which the announcement
+    names as `prompt_log`.
     """
     from luthier import backends
     from luthier.home import Home
@@ -60,6 +63,15 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     chosen = None if backend is None else backends.read(backend)
     asked = None if judge is None else backends.read(judge)
     door = server.Door(
-        host, port, key, limits, apart=True, workers=workers, backend=chosen, judge=asked, secure=secure
+        host,
+        port,
+        key,
+        limits,
+        apart=True,
+        workers=workers,
+        backend=chosen,
+        judge=asked,
+        log_prompts=log_prompts,
+        secure=secure,
     )
     server.serve(Store.open(opened.database), opened, door, announce)

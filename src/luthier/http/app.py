@@ -27,19 +27,25 @@ from luthier.keys import Caller
 from luthier.metrics import Ask
 from luthier.serving.desk import Turn
 from luthier.serving.service import Service
+from luthier.serving.transcript import Transcript
 from luthier.store import RequestRecord
 from luthier.uploads import Uploads
 
 
 def create_app(
-    service: Service, key: str, uploads: Uploads, judges: Mapping[str, Ask] | None = None
+    service: Service,
+    key: str,
+    uploads: Uploads,
+    judges: Mapping[str, Ask] | None = None,
+    transcript: Transcript | None = None,
 ) -> FastAPI:
     """The ASGI app over a started service; every route but /health asks for a key, and `key` opens all.
-    `judges`: graders may ask these, by name, of other servers."""
+    `judges`: graders may ask these, by name, of other servers. `transcript`: where prompts and answers go."""
     app = FastAPI(
         title="luthier", docs_url=None, redoc_url=None, redirect_slashes=False
     )  # the docs pages would load scripts from afar
     meter, logged = Meter(service), Sparing(REFUSALS)
+    app.state.transcript = transcript
 
     def full(who: Caller) -> LuthierError | None:
         """Why no answer can be begun for this caller now: nothing but a counter remembers that it asked."""
@@ -63,8 +69,12 @@ def create_app(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Whether answers can be given; asks for no key and says nothing about models."""
-        return JSONResponse({"status": service.state}, 200 if service.worker.alive else 503)
+        """Whether answers can be given, and whether prompts are logged; asks for no key and says nothing
+        about models."""
+        said = {"status": service.state}
+        if transcript is not None:
+            said["prompt_log"] = "failing" if transcript.failing else "on"
+        return JSONResponse(said, 200 if service.worker.alive else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

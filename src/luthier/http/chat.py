@@ -135,7 +135,7 @@ class ChatRequest(Spoken):
     """Ask a release to go on with a conversation. Greedy (temperature 0) unless a temperature is given."""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=limits.MESSAGES)] = Field(
-        description="system (optional), then user and assistant in turn, tools' answers after calls"
+        description="any order that the model's chat template can put; tools' answers after calls"
     )
     max_tokens: int | None = Field(default=None, ge=1, description="default 256, at most the context")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
@@ -261,7 +261,7 @@ def _messages(turns: list[Turn]) -> tuple[Message, ...]:
         row |= {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
         rows.append(row)
     try:
-        messages = conversation(rows, "messages")
+        messages = conversation(rows, "messages", in_turn=False)
     except DataError as error:
         place = (error.where or "").removeprefix("messages").removeprefix(", ")
         raise RequestError(

@@ -2,7 +2,8 @@
 
 Events come from the worker's thread into the event loop; a client that goes away is noticed while it
 waits, too, and its place in the worker is free before the next token. Each exchange leaves exactly one
-record, whatever became of it: counts and times, never text. Status 499 (nginx's) marks a client that left.
+record, whatever became of it: counts and times, never text; words go to a transcript, where the operator
+asked for one. Status 499 (nginx's) marks a client that left.
 
 A request of hundreds of answers is fed to the engine: no more at once than there are places, and the next
 only while half the queue stays free for others. Once something of it was heard it is not refused any more:
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,6 +34,7 @@ from luthier.serving.limits import Busy
 from luthier.serving.router import Target
 from luthier.serving.service import Service
 from luthier.serving.traffic import Again, Route
+from luthier.serving.transcript import Page, Transcript
 from luthier.serving.worker import Ask, End, Event, Failed, Heard, Said
 from luthier.store import RequestRecord
 
@@ -68,6 +71,9 @@ class Exchange:
         self.who = caller(request)
         self.turn = Turn(self.who.tenant)
         self._note: Callable[[RequestRecord, str], None] | None = note
+        self._id = f"req_{uuid.uuid4().hex}"
+        self._transcript: Transcript | None = request.app.state.transcript
+        self._page = Page(self._id, request.url.path)
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._lines: dict[int, _Line] = {}  # under way
         self._todo: deque[tuple[int, Ask]] = deque()  # still to be started
@@ -91,7 +97,9 @@ class Exchange:
 
     @property
     def headers(self) -> dict[str, str]:
-        headers = {"x-luthier-release": self.release} if self.release else {}
+        headers = {"x-request-id": self._id}
+        if self.release:
+            headers["x-luthier-release"] = self.release
         if self.route is not None and self.route.known is not None:
             headers["x-luthier-cache"] = "hit" if self.route.known else "miss"
         return headers
@@ -112,6 +120,8 @@ class Exchange:
             raise TooSlow(f"the body did not arrive within {BODY_S:g} s") from None
         except ClientDisconnect:
             raise ClientGone("the client left before its request was read") from None
+        if self._transcript is not None:
+            self._page.asked = bytes(data)
         return bytes(data)
 
     async def find(self, service: Service, model: str, user: str | None) -> Target:
@@ -222,6 +232,8 @@ class Exchange:
                     self.prompt_tokens = 0
                 raise event.error
         self._heard = self._lines[at].heard = True
+        if self._transcript is not None:
+            self._page.hear(at, event)
         if isinstance(event, Said):
             self.completion_tokens += 1
             if self._first_token_s is None:
@@ -277,6 +289,8 @@ class Exchange:
         if self.route is not None:
             self.route.ended(record)
         note(record, caller(self.request).tenant)
+        if self._transcript is not None:
+            self._transcript.keep(self._page, record)
 
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":

@@ -18,7 +18,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from luthier.jobs.work import hired
 from luthier.plugins import Part
 from luthier.serving.limits import DEFAULTS, Limits
 from luthier.serving.service import Service
+from luthier.serving.transcript import Transcript
 from luthier.store import Store
 from luthier.uploads import Uploads
 
@@ -45,7 +46,8 @@ HEADER_BYTES = 32 * 1024
 class Door:
     """Where to listen and how much to take on. Without a `key` a new one is made; set `stop` to end it.
     `apart`: the engine is a process of its own. `workers`: processes that carry out fine-tuning jobs.
-    `backend`: what computes the answers, if not our own engine. `judge`: whom graders may ask elsewhere."""
+    `backend`: what computes the answers, if not our own engine. `judge`: whom graders may ask elsewhere.
+    `log_prompts`: what is asked and answered is written down (`serving.transcript`)."""
 
     host: str = "127.0.0.1"
     port: int = 8321
@@ -56,12 +58,14 @@ class Door:
     workers: int = 0
     backend: Part | None = None
     judge: Part | None = None
+    log_prompts: bool = False
     secure: Secure = PLAIN
     stop: threading.Event = field(default_factory=threading.Event)
 
 
 def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, Any]], None]) -> None:
-    """Serve until a signal or `door.stop`; `announce({"url", "key", "models"})` once ready to answer."""
+    """Serve until a signal or `door.stop`; `announce({"url", "key", "models"})` once ready to
+    answer, with `prompt_log` where prompts are written to if they are."""
     if door.key is not None and len(door.key) < 8:
         raise ServeError("this key is too short to keep anyone out", hint="without one, a good one is made")
     _require_tls(door)
@@ -69,12 +73,19 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
     key = door.key or keys.new_secret()
     judges = {} if door.judge is None else backends.judges(door.judge)
     service = Service(store, home, door.limits, door.threads, door.apart, door.backend)
-    with _claimed(door.host, door.port) as claimed, _signals(door.stop), service, hired(home, door.workers):
+    written = Transcript(home.path, key) if door.log_prompts else nullcontext(None)
+    with (
+        _claimed(door.host, door.port) as claimed,
+        _signals(door.stop),
+        written as transcript,
+        service,
+        hired(home, door.workers),
+    ):
         service.warm()
         uploads = Uploads(store, home)
         uploads.sweep()
         config = uvicorn.Config(
-            create_app(service, key, uploads, judges),
+            create_app(service, key, uploads, judges, transcript),
             http=Patient,
             ws="none",
             lifespan="off",
@@ -90,6 +101,8 @@ def serve(store: Store, home: Home, door: Door, announce: Callable[[dict[str, An
         listed = service.router.listed()
         models = [entry.model for entry in listed if not entry.model.endswith(entry.digest)]
         ready = {"url": _url(claimed, door.secure.cert is not None), "key": key, "models": models}
+        if transcript is not None:
+            ready["prompt_log"] = str(transcript.path)
         asyncio.run(_live(uvicorn.Server(config), claimed, service, door, lambda: announce(ready)))
 
 
