@@ -106,7 +106,8 @@ def test_rows_with_tools_come_back_as_they_were() -> None:
     [
         ([TALK[1], TALK[2], TALK[4]], "no answer yet: call_1"),
         ([TALK[1], TALK[2], {**TALK[3], "tool_call_id": "call_2"}], "nobody made"),
-        ([TALK[1], TALK[3]], "expected 'assistant'"),
+        ([TALK[1], TALK[3]], "nobody made"),
+        ([TALK[1], TALK[2], TALK[1]], "expected 'tool'"),
         ([TALK[1], {**TALK[2], "tool_calls": [CALL, CALL]}], "same id"),
         ([TALK[1], {**TALK[2], "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "["}}]}], "JS"),
         ([{**TALK[1], "tool_calls": [CALL]}], "assistant's"),

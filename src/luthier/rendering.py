@@ -33,6 +33,21 @@ FILTERS = frozenset({"trim", "tojson", "length", "upper", "lower", "first", "las
 METHODS = frozenset({"strip", "lstrip", "rstrip", "startswith", "endswith", "get", "raise_exception"})
 
 
+class Refused(ModelError):
+    """The template does not take this conversation. It is the conversation that must change: a 400."""
+
+    http_code = 400
+    param, code = "messages", "invalid_value"
+
+    def __init__(self, said: str, where: str | None = None) -> None:
+        super().__init__(
+            f"the chat template refuses this conversation: {said}",
+            where=where,
+            hint="write it in the order of turns that the model's own template knows",
+        )
+        self.said = said
+
+
 class Cut(ModelError):
     """The template took more than it may."""
 
@@ -76,7 +91,7 @@ class Renderer:
         self._child: subprocess.Popen[bytes] | None = None
 
     def render(self, chat_template: str, values: Mapping[str, Any]) -> str:
-        """The rendered text; `ModelError` where the template refuses, `Cut` where it runs away."""
+        """The rendered text; `Refused` where the template does, `Cut` where it runs away."""
         asked = json.dumps([chat_template, dict(values)]).encode("utf-8") + b"\n"
         with self._lock:
             child = self._ready()
@@ -98,7 +113,7 @@ class Renderer:
         if "cut" in found:
             raise Cut(f"the chat template takes more than {SECONDS:g} s or {BYTES >> 20} MB")
         if "error" in found:
-            raise ModelError(f"the chat template refuses this conversation: {found['error']}")
+            raise Refused(str(found["error"]))
         return str(found["text"])
 
     def _ready(self) -> subprocess.Popen[bytes]:

@@ -2,11 +2,12 @@
 a prompt with two answers, of which one was preferred; a `Prompt` is a question alone, with what a grader
 needs to judge answers to it.
 
-Sources: the `messages` form of chat fine-tuning files (system?, then user and assistant in turn, and after
-an assistant's `tool_calls` the tools' answers; https://platform.openai.com/docs/guides/function-calling),
-with `tools` beside them and a `weight` of 0 on answers that are not to be learnt; for pairs the prompt,
-chosen and rejected of Rafailov et al. 2023 (arXiv 2305.18290), section 3; for prompts the lines of OpenAI's
-reinforcement fine-tuning, whose fields beside `messages` a grader reads as `item`.
+Sources: the `messages` form of chat fine-tuning files (roles in any order that the model's template can
+write, and after an assistant's `tool_calls` the tools' answers;
+https://platform.openai.com/docs/guides/function-calling), with `tools` beside them and a `weight` of 0 on
+answers that are not to be learnt; for pairs the prompt, chosen and rejected of Rafailov et al. 2023
+(arXiv 2305.18290), section 3; for prompts the lines of OpenAI's reinforcement fine-tuning, whose fields
+beside `messages` a grader reads as `item`.
 This module does not know tokens, templates, files or tensors.
 """
 
@@ -181,7 +182,9 @@ def chat(messages: object, where: str, tools: object = None) -> Chat:
             where=where,
             hint="add the assistant's reply as the last message",
         )
-    if not any(turn.learnt for turn in turns if turn.role is Role.ASSISTANT):
+    if len(turns) == 1:
+        raise DataError("nothing stands before the assistant's answer, so nothing asks for it", where=where)
+    if not any(turn.learnt for turn in turns[1:] if turn.role is Role.ASSISTANT):
         raise DataError("every answer has a weight of 0, so nothing is learnt", where=where)
     offered = offers(tools, where)
     name = _named([dicts(turns), list(offered)] if offered else dicts(turns))
@@ -197,6 +200,8 @@ def pair(prompt: object, chosen: object, rejected: object, where: str, tools: ob
     for name, said in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(said, Sequence) or isinstance(said, str | bytes) or not said:
             raise DataError(f"the {name} answer must be a non-empty list of messages", where=where)
+        if isinstance(said[0], Mapping) and said[0].get("role") != Role.ASSISTANT:
+            raise DataError(f"the {name} answer must begin with the assistant's turn", where=where)
         whole = chat([*dicts(asked), *said], f"{where}, {name}").messages
         sides.append(whole[len(asked) :])
     if sides[0] == sides[1]:
@@ -238,35 +243,26 @@ def _named(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def conversation(messages: object, where: str, in_turn: bool = True) -> tuple[Message, ...]:
-    """Validate turns: an optional system first, then user and assistant in turn, none of them empty; after
-    an assistant's calls an answer to each of them. Rows to learn from keep that order; without `in_turn` who
-    speaks when is the chat template's business, as it is OpenAI's in a request."""
+def conversation(messages: object, where: str) -> tuple[Message, ...]:
+    """Validate turns: none of them empty, and after an assistant's calls an answer to each of them. Else
+    their order is for the model's chat template to take or to refuse."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise DataError("`messages` must be a non-empty list", where=where)
     turns = tuple(_message(message, f"{where}, message {n}") for n, message in enumerate(messages, 1))
-    spoken = turns[1:] if turns[0].role is Role.SYSTEM else turns
-    if not spoken:
-        raise DataError("only a system message; a user turn must follow", where=where)
-    wanted, open_calls = Role.USER, set[str]()
-    for n, turn in enumerate(spoken, 1):
-        tool = Role.TOOL in (turn.role, wanted)
-        if turn.role is not wanted and (in_turn or tool):
-            hint = "the order is: system (optional, first), then user and assistant in turn"
-            if open_calls:
-                hint = f"these calls have no answer yet: {', '.join(sorted(open_calls))}"
+    open_calls = set[str]()
+    for n, turn in enumerate(turns, 1):
+        if open_calls and turn.role is not Role.TOOL:
             raise DataError(
-                f"turn {n} after the system message is {turn.role.value!r}, expected {wanted.value!r}",
+                f"message {n} is {turn.role.value!r}, expected 'tool'",
                 where=where,
-                hint=hint,
+                hint=f"these calls have no answer yet: {', '.join(sorted(open_calls))}",
             )
         if turn.answers is not None:
             if turn.answers not in open_calls:
-                raise DataError(f"turn {n} answers a call that nobody made: {turn.answers!r}", where=where)
+                raise DataError(f"message {n} answers a call that nobody made: {turn.answers!r}", where=where)
             open_calls.remove(turn.answers)
         open_calls |= {call.id for call in turn.calls}
-        wanted = Role.TOOL if open_calls else Role.USER if turn.role is Role.ASSISTANT else Role.ASSISTANT
-    if spoken[-1].role is not Role.ASSISTANT and open_calls:
+    if open_calls and turns[-1].role is not Role.ASSISTANT:
         raise DataError(f"no answer to {', '.join(sorted(open_calls))}", where=where)
     return turns
 

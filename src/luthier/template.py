@@ -2,8 +2,10 @@
 
 Source: the chat template inside the tokenizer's own folder (Jinja, rendered in transformers' sandbox).
 What is learnt of a row is every answer of the assistant up to and including the stop token, and nothing
-after it. The prompt that serving would send for each answer must be the first tokens of the training row,
-or the model would be asked something other than what it was taught.
+after it; not a greeting before which nothing stands, for a server is never asked for it. Whose turn follows
+whose is for the template to say: what it refuses is refused in its words, and so is a later system message
+that it would leave out. The prompt that serving would send for each answer must be the first tokens of the
+training row, or the model would be asked something other than what it was taught.
 
 Text that merely spells a control token (`<|im_start|>` inside a user's message, a tool's name, arguments,
 description or result) is tokenised as ordinary letters, in training and in serving alike, so content can
@@ -25,7 +27,7 @@ from threading import Lock
 from typing import Any
 
 from luthier.errors import ModelError
-from luthier.rendering import RENDERER, plain
+from luthier.rendering import RENDERER, Refused, plain
 from luthier.rows import Chat, Message, Role, Row, Tools, dicts
 from luthier.tool_calls import Convention, convention, turns
 
@@ -160,8 +162,8 @@ def check(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _answers(chat: Chat) -> list[int]:
     """The numbers of the messages to learn."""
-    found = enumerate(chat.messages)
-    return [n for n, said in found if said.role is Role.ASSISTANT and said.learnt and n >= chat.given]
+    found, first = enumerate(chat.messages), max(1, chat.given)
+    return [n for n, said in found if said.role is Role.ASSISTANT and said.learnt and n >= first]
 
 
 def _masked(
@@ -276,11 +278,14 @@ def _render(
     try:
         text = (_apart if apart else _here)(tokenizer, said, offered, opened)
     except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise ModelError(
-            f"the chat template refuses this conversation: {_first_line(error)}", where=where
-        ) from error
+        raise Refused(_first_line(error), where) from error
+    except Refused as error:
+        raise Refused(error.said, where) from error
     except ModelError as error:  # from the child that renders
         raise type(error)(error.what, where=where) from error
+    for n, turn in enumerate(said[1:], 2):  # some templates read a system message in the first place alone
+        if turn["role"] == "system" and turn["content"].strip() not in text:
+            raise Refused(f"it leaves out message {n}, the system's", where)
     return _Rendered(text, tuple(hidden.items()), f"{edge}\ue002")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from luthier.errors import ModelError, StoreError
 from luthier.http import problems
+from luthier.rendering import Refused
 from luthier.serving.router import _read
 
 
@@ -34,3 +35,11 @@ def test_a_file_that_cannot_be_read_is_told_by_its_name_alone(tmp_path: Path) ->
         with pytest.raises(StoreError, match=f"{made.name} cannot be read") as found:
             _read(made)
         assert os.fspath(tmp_path) not in f"{found.value.what} {found.value.hint}"
+
+
+def test_what_a_chat_template_refuses_is_a_400_about_the_messages_in_the_templates_words() -> None:
+    refused = Refused("roles must alternate", "prompt")
+    error = problems.body(refused)["error"]
+    assert problems.status(refused) == 400 and error["type"] == "invalid_request_error"
+    assert (error["param"], error["code"]) == ("messages", "invalid_value")
+    assert error["message"].startswith("the chat template refuses this conversation: roles must alternate")

@@ -54,7 +54,6 @@ def test_a_bad_line_fails_the_job_by_its_number(world: World) -> None:
     bad = [
         (lines[0] + b"\n" + b'{"messages": []}\n', "line 3: "),
         (lines[0] + b'{"messages": [{"role": "user", "content": "x"}]}\n', "line 2: "),
-
         (lines[0], "Training file has 1 example(s), but must have at least 10"),
     ]  # fmt: skip
     jobs = [(world.create(training_file=world.upload(data)), words) for data, words in bad]
@@ -195,6 +194,15 @@ def test_tools_weights_and_developers_are_carried_into_rows() -> None:
     assert rows.chat(row["messages"], "again", row["tools"]).messages[-1].calls
     with pytest.raises(DataError, match="`functions` is not supported"):
         examine.as_row(record | {"functions": [{"name": "f"}]}, Kind.CHAT, "line 1")
+
+
+def test_turns_of_one_role_in_a_row_are_carried_into_rows_as_they_stand() -> None:
+    turns = twice()
+    turns = [turns[0], *turns, {"role": "system", "content": "now be short"}, *turns[:2]]
+    row = examine.as_row({"messages": turns}, Kind.CHAT, "line 1")
+    assert row == {"messages": turns} and rows.chat(turns, "again").answer == turns[-1]["content"]
+    with pytest.raises(DataError, match="must end with the assistant"):
+        examine.as_row({"messages": turns[:-1]}, Kind.CHAT, "line 1")
 
 
 def test_preferences_become_pairs() -> None:

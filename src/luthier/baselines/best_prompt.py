@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import takewhile
 
 from pydantic import Field
 
@@ -67,7 +68,7 @@ def _shots(rows: Sequence[Chat], count: int, draw: random.Random) -> tuple[Chat,
 
 
 def _asked(row: Chat, prompt: str | None, shots: Sequence[Chat]) -> list[Message]:
-    own = [message for message in row.prompt if message.role is Role.SYSTEM]
+    own = list(takewhile(lambda message: message.role is Role.SYSTEM, row.prompt))
     system = own if prompt is None else [Message(Role.SYSTEM, prompt)]
     worked = [message for shot in shots for message in shot.messages if message.role is not Role.SYSTEM]
-    return [*system, *worked, *(message for message in row.prompt if message.role is not Role.SYSTEM)]
+    return [*system, *worked, *row.prompt[len(own) :]]

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from luthier.engine.grammar import Grammar, Kind
 from luthier.errors import DataError
 from luthier.http.problems import RequestError
-from luthier.rows import Message, Role, Tools, conversation, offers
+from luthier.rows import Message, Tools, conversation, offers
 from luthier.serving import limits
 from luthier.serving.service import Options
 from luthier.tool_calls import forced
@@ -135,7 +135,7 @@ class ChatRequest(Spoken):
     """Ask a release to go on with a conversation. Greedy (temperature 0) unless a temperature is given."""
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=limits.MESSAGES)] = Field(
-        description="any order that the model's chat template can put; tools' answers after calls"
+        description="in any order that the model's chat template takes; after calls the tools' answers"
     )
     max_tokens: int | None = Field(default=None, ge=1, description="default 256, at most the context")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
@@ -261,15 +261,12 @@ def _messages(turns: list[Turn]) -> tuple[Message, ...]:
         row |= {"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {}
         rows.append(row)
     try:
-        messages = conversation(rows, "messages", in_turn=False)
+        return conversation(rows, "messages")
     except DataError as error:
         place = (error.where or "").removeprefix("messages").removeprefix(", ")
         raise RequestError(
             f"{place}: {error.what}" if place else error.what, param="messages", hint=error.hint
         ) from None
-    if messages[-1].role is Role.ASSISTANT:
-        raise RequestError("the last message must be the user's, or a tool's", param="messages")
-    return messages
 
 
 def _text(content: str | list[Part] | None) -> str | None:
