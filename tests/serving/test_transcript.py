@@ -99,6 +99,16 @@ def test_a_full_disk_loses_lines_but_no_line_is_torn(tmp_path: Path, monkeypatch
     assert kept.lost == 1 and not kept.failing
 
 
+def test_a_request_nested_too_deep_loses_its_line_and_the_next_is_written(tmp_path: Path) -> None:
+    deep = page("deep")
+    deep.asked = b'{"prompt": ' + b"[" * 800 + b"]" * 800 + b"}"
+    with Transcript(tmp_path) as kept:
+        kept.keep(deep, record())
+        kept.keep(page("after"), record(tenant="other"))
+    assert [(line["tenant"], line["request"]["prompt"]) for line in lines(kept.path)] == [("other", "after")]
+    assert kept.lost == 1 and not kept.failing
+
+
 def test_where_it_cannot_write_the_server_does_not_start(tmp_path: Path) -> None:
     with Transcript(tmp_path), pytest.raises(ServeError, match="another server"), Transcript(tmp_path):
         pass

@@ -118,7 +118,7 @@ class Transcript:
             try:
                 self._write(self._line(page, record))
                 self.failing = False
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):  # the last: nested too deep to be told
                 self.lost += 1
                 if not self.failing:  # once, not for every request that follows
                     log.exception("prompts cannot be logged")
