@@ -101,6 +101,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
     code = error.status_code if isinstance(error, HTTPException) else 404
     if code == 400:  # what the framework says of a body that it could not read
         return problems.refusal(400, "the body is not JSON that can be read; is it nested too deep?", None)
+    if code == 413 and isinstance(error, HTTPException):
+        return problems.response(problems.TooLarge(error.detail, code="body_too_large"))
     what = "this path does not take this method" if code == 405 else problems.no_path(request.url.path)
     return problems.refusal(code, what, None)
 

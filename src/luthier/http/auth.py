@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -307,7 +308,8 @@ def _turned_away(scope: Scope, error: LuthierError) -> Any:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """A body that ends in an error once it is larger than any that these routes take."""
+    """A body that ends in an error once it is larger than any that these routes take: in one of the
+    framework's, for any other it would call a body that cannot be read."""
     read = 0
 
     async def counted() -> Message:
@@ -315,7 +317,7 @@ def _bounded(receive: Receive) -> Receive:
         message = await receive()
         read += len(message.get("body", b""))
         if read > SMALL_BYTES:
-            raise problems.TooLarge(f"the body is larger than {SMALL_BYTES} bytes", code="body_too_large")
+            raise HTTPException(413, f"the body is larger than {SMALL_BYTES} bytes")
         return message
 
     return counted

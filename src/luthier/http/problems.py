@@ -53,7 +53,8 @@ class RequestError(ServeError):
 
 
 class TooLarge(RequestError):
-    """The body is larger than this server reads."""
+    """The body is larger than this server reads. The connection stays for as long as `http.patience` lets
+    the client send on: closed on unread bytes, it would take the answer with it (RFC 9112 §9.6)."""
 
     http_code = 413
 
@@ -80,8 +81,6 @@ def response(error: Exception, headers: dict[str, str] | None = None) -> JSONRes
     wait_s = getattr(error, "retry_after_s", None)
     if wait_s is not None:
         extra["retry-after"] = str(wait_s)
-    if isinstance(error, TooLarge):
-        extra["connection"] = "close"  # the rest of the body was not read
     return JSONResponse(body(error), status(error), headers=extra)
 
 
