@@ -25,11 +25,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from luthier import artifacts, backends
-from luthier.backends import _http, _leash, llamacpp, remote, vllm
+from luthier.backends import _http, _leash, _process, llamacpp, remote, vllm
 from luthier.backends._relay import Relay, Unsupported
 from luthier.errors import GraderError, LuthierError, ModelError, ServeError
 from luthier.metrics import Question
+from luthier.serving.engine_process import Unavailable
 from luthier.serving.limits import Limits
+from luthier.serving.router import Router
 from luthier.serving.service import Options, Service
 from luthier.serving.worker import Ask, End, EngineFailed, Event, Failed, Reason, Said
 from tests.http import running
@@ -141,6 +143,41 @@ def test_a_release_judged_in_int8_is_refused_where_it_cannot_be_answered_so(
         assert "int8" in error.what
     else:
         assert not said and isinstance(end, Failed) and "int8" in end.error.what
+
+
+@pytest.mark.parametrize("module", [vllm, llamacpp])
+def test_a_release_judged_in_int8_is_not_brought_to_a_server_that_would_not_answer_for_it(
+    world: World, module: Any
+) -> None:
+    engine = module.engine(module.Params(url="http://127.0.0.1:9"), Limits(), world.home)
+    try:
+        target = replace(Router(world.store, world.home).resolve("guard"), int8=True)
+        with pytest.raises(Unsupported, match="int8"):
+            engine.warm(target)
+        with pytest.raises(ServeError) as other:  # nobody is there, and that is said
+            engine.warm(replace(target, int8=False))
+        assert not isinstance(other.value, Unsupported)
+    finally:
+        engine.close(0.0)
+
+
+def test_after_a_start_that_failed_nobody_waits_for_another_but_an_address_is_asked_again(
+    tmp_path: Path,
+) -> None:
+    for params, waits in (
+        (vllm.Params(python=tmp_path), True),
+        (vllm.Params(url="http://127.0.0.1:9"), False),
+    ):
+        circuit = _process.Circuit("it could not be started")
+        circuit.require_closed()
+        circuit.open(params)
+        if not waits:
+            circuit.require_closed()
+            continue
+        with pytest.raises(Unavailable, match="could not be started") as said:
+            circuit.require_closed()
+        assert said.value.hint is not None and said.value.hint.startswith("try again in ")
+        assert 1 <= said.value.retry_after_s <= _process.OPEN_S
 
 
 def test_log_probabilities_come_with_tokens_and_the_likeliest_is_the_greedy_one(

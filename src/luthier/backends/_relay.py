@@ -119,6 +119,7 @@ class Relay:
 
     def warm(self, target: Target) -> None:
         """Bring a release there ahead of its first request; raises what went wrong."""
+        self._require_exact(target)
         with self.behind.held(target):
             pass
 
@@ -159,12 +160,20 @@ class Relay:
             ),
             (ask.score_prompt, "score a prompt"),
             (ask.embed, "embed"),
-            (ask.target.int8, "answer with weights in int8, as this release was judged"),
         ):
             if asked:
-                raise Unsupported(
-                    f"the backend {self._name} cannot {what}", hint="the backend embedded can: luthier serve"
-                )
+                raise self._unable(what)
+        self._require_exact(ask.target)
+
+    def _require_exact(self, target: Target) -> None:
+        """A release answers with the weights it was judged with, or not at all."""
+        if target.int8:
+            raise self._unable("answer with weights in int8, as this release was judged")
+
+    def _unable(self, what: str) -> Unsupported:
+        return Unsupported(
+            f"the backend {self._name} cannot {what}", hint="the backend embedded can: luthier serve"
+        )
 
     def _cancel(self, line: _Line) -> None:
         line.cancelled = True

@@ -31,32 +31,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from luthier import artifacts, plugins
+from luthier import artifacts
 from luthier.backends import _gguf, _llamacpp_side, _process
-from luthier.backends._http import Door, Reply, Unreachable, checked
+from luthier.backends._http import Door, Reply, Unreachable
 from luthier.backends._relay import Piece, Place, Relay, Token, Unsupported
 from luthier.engine import adapters
 from luthier.errors import ModelError, ServeError
 from luthier.home import Home
 from luthier.serving.desk import Engine
-from luthier.serving.engine_process import Unavailable
 from luthier.serving.limits import Limits
 from luthier.serving.router import Target
 from luthier.serving.worker import Ask, EngineFailed, Reason
 
 COMPLETION, MODELS = "/completion", "/v1/models"
 PATHS = frozenset({COMPLETION, MODELS})
-BEAT_S, OPEN_S = 0.1, 30.0
+BEAT_S = 0.1
 
 log = logging.getLogger("luthier.backends")
 
 
-class Params(plugins.Params):
+class Params(_process.Params):
     python: Path | None = Field(default=None, description="make and serve with this environment's python")
-    url: str | None = Field(default=None, description="or use the server at this address of this machine")
-    key_env: str | None = Field(default=None, description="the variable that holds the key of `url`")
     dtype: Literal["float32", "bfloat16", "q8_0"] = "float32"
     agreement: float = Field(default=0.9, ge=0, le=1, description="of tokens, where not float32")
     places: int = Field(default=2, ge=1, le=64, description="releases in memory at once")
@@ -64,18 +61,6 @@ class Params(plugins.Params):
     threads: int | None = Field(default=None, ge=1)
     gpu_layers: int = Field(default=0, ge=0)
     start_s: float = Field(default=600.0, gt=0, description="how long making and starting may take, each")
-    timeout_s: float = Field(default=120.0, gt=0, description="how long it may say nothing")
-
-    @field_validator("url")
-    @classmethod
-    def _on_this_machine(cls, url: str | None) -> str | None:
-        return None if url is None else checked(url, near=True)
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Params:
-        if (self.python is None) == (self.url is None):
-            raise ValueError("give `python` to start a server, or `url` to use one")
-        return self
 
 
 def engine(params: Params, limits: Limits, home: Home) -> Engine:
@@ -91,7 +76,9 @@ class _Server:
     door: Door | None = None
     name: str = ""
     process: subprocess.Popen[bytes] | None = None
-    open_until_s: float = 0.0
+    circuit: _process.Circuit = field(
+        default_factory=lambda: _process.Circuit("llama.cpp could not serve this release")
+    )
 
     @property
     def ready(self) -> bool:
@@ -203,11 +190,7 @@ class LlamaCpp:
         return server
 
     def _make_ready(self, server: _Server, target: Target) -> None:
-        left_s = server.open_until_s - time.monotonic()
-        if left_s > 0:
-            error = Unavailable("llama.cpp could not serve this release", hint=f"try again in {left_s:.0f} s")
-            error.retry_after_s = max(1, int(left_s))
-            raise error
+        server.circuit.require_closed()
         if server.process is not None:
             log.error("llama.cpp ended unasked; it is started again")
         server.end()
@@ -222,7 +205,7 @@ class LlamaCpp:
             self._require_parity(job, server)
         except ServeError:
             server.end()
-            server.open_until_s = time.monotonic() + (OPEN_S if self._params.url is None else 0.0)
+            server.circuit.open(self._params)
             raise
 
     def job(self, target: Target) -> _gguf.Job:
@@ -292,9 +275,7 @@ class LlamaCpp:
 
     def _found(self, name: str) -> Door:
         """The one at `url`; its file must go by the digest, so that it cannot be another."""
-        variable = self._params.key_env
-        key = None if variable is None else os.environ.get(variable)
-        door = Door(self._params.url or "", PATHS, key, self._params.timeout_s)
+        door = Door(self._params.url or "", PATHS, self._params.key, self._params.timeout_s)
         if name not in _names(door):
             raise ServeError(
                 f"llama.cpp does not serve {name[:12]}", hint=f"start it on that file with --alias {name}"

@@ -13,7 +13,6 @@ not know tenants or aliases.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import secrets
 import subprocess
@@ -25,17 +24,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from luthier import plugins
 from luthier.backends import _process, _relay
-from luthier.backends._http import Door, Reply, Unreachable, checked
+from luthier.backends._http import Door, Reply, Unreachable
 from luthier.backends._relay import COMPLETIONS, Piece, Place, Relay
 from luthier.engine import adapters
 from luthier.errors import ModelError, ServeError
 from luthier.home import Home
 from luthier.serving.desk import Engine
-from luthier.serving.engine_process import Unavailable
 from luthier.serving.limits import Limits
 from luthier.serving.router import Target
 from luthier.serving.worker import Ask
@@ -43,28 +40,18 @@ from luthier.serving.worker import Ask
 MODELS, LOAD, UNLOAD = "/v1/models", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 PATHS = frozenset({COMPLETIONS, MODELS, LOAD, UNLOAD})
 OURS = re.compile(r"[0-9a-f]{64}")  # what others loaded under other names is left alone
-BEAT_S, OPEN_S = 0.25, 30.0
+BEAT_S = 0.25
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM takes as the highest
 
 log = logging.getLogger("luthier.backends")
 
 
-class Params(plugins.Params):
-    python: Path | None = Field(default=None, description="start one with this environment's python")
-    url: str | None = Field(default=None, description="or use the one at this address of this machine")
-    key_env: str | None = Field(default=None, description="the variable that holds the key of `url`")
+class Params(_process.Params):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapters: int = Field(default=8, ge=1, le=64, description="adapters in its memory at once")
     rank: int = Field(default=64, description="the highest rank of an adapter")
     context: int | None = Field(default=None, ge=2, description="tokens in all; default: the model's")
     cache_gib: int = Field(default=1, ge=1, description="for keys and values, where it runs on a CPU")
-    start_s: float = Field(default=600.0, gt=0, description="how long it may take to be ready")
-    timeout_s: float = Field(default=120.0, gt=0, description="how long it may say nothing")
-
-    @field_validator("url")
-    @classmethod
-    def _on_this_machine(cls, url: str | None) -> str | None:
-        return None if url is None else checked(url, near=True)
 
     @field_validator("rank")
     @classmethod
@@ -72,12 +59,6 @@ class Params(plugins.Params):
         if rank not in RANKS:
             raise ValueError(f"vLLM takes {', '.join(map(str, RANKS))}")
         return rank
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Params:
-        if (self.python is None) == (self.url is None):
-            raise ValueError("give `python` to start a server, or `url` to use one")
-        return self
 
 
 def engine(params: Params, limits: Limits, home: Home) -> Engine:
@@ -96,7 +77,7 @@ class Vllm:
         self._door: Door | None = None
         self._base: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._open_until_s = 0.0
+        self._circuit = _process.Circuit("vLLM could not be started")
         self._closed = False
 
     @property
@@ -176,16 +157,12 @@ class Vllm:
             log.error("vLLM ended unasked; it is started again")
             self._end()
         if self._door is None:
-            left_s = self._open_until_s - time.monotonic()
-            if left_s > 0:
-                error = Unavailable("vLLM could not be started", hint=f"try again in {left_s:.0f} s")
-                error.retry_after_s = max(1, int(left_s))
-                raise error
+            self._circuit.require_closed()
             try:
                 self._door = self._found(target) if self._params.url is not None else self._started(target)
             except ServeError:
                 self._end()
-                self._open_until_s = time.monotonic() + (OPEN_S if self._params.url is None else 0.0)
+                self._circuit.open(self._params)
                 raise
             self._base = target.base_digest
         if self._base != target.base_digest:
@@ -197,9 +174,7 @@ class Vllm:
 
     def _found(self, target: Target) -> Door:
         """The one at `url`; its base must go by the digest, so that it cannot be another."""
-        variable = self._params.key_env
-        key = None if variable is None else os.environ.get(variable)
-        door = Door(self._params.url or "", PATHS, key, self._params.timeout_s)
+        door = Door(self._params.url or "", PATHS, self._params.key, self._params.timeout_s)
         names = _names(door)
         if target.base_digest not in names:
             raise ServeError(
