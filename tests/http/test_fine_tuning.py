@@ -15,7 +15,7 @@ import openai
 import pytest
 from sqlalchemy import update
 
-from luthier import keys
+from luthier import audit, keys
 from luthier.http.openai.fine_tuning import FOLLOWERS, SHARE
 from luthier.jobs import examine
 from luthier.schema.keys import KEYS
@@ -284,3 +284,20 @@ def test_a_follower_that_leaves_is_forgotten(idle: Client, client: openai.OpenAI
             next(answer.iter_lines())
     client.fine_tuning.jobs.cancel(job.id)
     wait(lambda: threading.active_count() <= before + 2, 30)
+
+
+def test_what_a_request_does_to_a_job_stands_in_the_audit_log_once_and_what_it_cannot_do_does_not(
+    client: openai.OpenAI, here: World
+) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=uploaded(client, salt="audited"))
+    examine.examine(here.queue.get(None, job.id), here.queue, (here.store, here.uploads, here.home))
+    client.fine_tuning.jobs.pause(job.id)
+    with pytest.raises(openai.BadRequestError, match="Cannot pause a job that is paused"):
+        client.fine_tuning.jobs.pause(job.id)
+    client.fine_tuning.jobs.resume(job.id)
+    client.fine_tuning.jobs.cancel(job.id)
+    told = [entry for entry in audit.entries(here.store) if job.id in entry.target]
+    assert [(entry.action, entry.target, entry.actor) for entry in told] == [
+        (f"POST /v1/fine_tuning/jobs/{{job}}/{verb}", f"/v1/fine_tuning/jobs/{job.id}/{verb}", keys.SERVED)
+        for verb in ("pause", "resume", "cancel")
+    ]

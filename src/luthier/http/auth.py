@@ -3,10 +3,10 @@
 RFC 6750 (`Authorization: Bearer …`). The gate stands before the router and matches the path itself, so a
 route that somebody adds is closed until the table opens it: what the table does not name is answered 404 or
 405 and never reaches a handler. A key is looked up for each request, so a revoked or expired one opens
-nothing from the next request on. What changes something is noted in the audit log once it is done, by the
-route and what its path names, never with a body or a key; so are refusals, a bounded number a minute of each
-caller (`http.refusals`), and the number of those that were not. Where several lines match a path and method,
-all of them must allow it.
+nothing from the next request on. What changes something is noted in the audit log once it is done (what moves
+a job, by the very commit: `deed`), by the route and what its path names, never with a body or a key; so are
+refusals, a bounded number a minute of each caller (`http.refusals`), and the number of those that were not.
+Where several lines match a path and method, all of them must allow it.
 
 A server that is full says so here, before a body is read, a budget touched or a thread waited for. Whose
 request it is may then be known from a lookup of up to `LATELY_S` ago; that memory refuses, it never admits.
@@ -32,6 +32,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from luthier import audit, keys
+from luthier.chain import Deed
 from luthier.errors import LuthierError
 from luthier.http import problems, quota
 from luthier.http.refusals import Refusals
@@ -39,7 +40,7 @@ from luthier.keys import Caller, Key
 from luthier.keys import Scope as May
 from luthier.store import Store
 
-CALLER = "luthier.caller"
+CALLER, ROUTE = "luthier.caller", "luthier.route"
 SMALL = {"POST /v1/uploads", "POST /v1/uploads/{upload}/complete"}  # whose bodies the framework reads whole
 SMALL_BYTES = 1024 * 1024
 REFUSALS = 30  # refusals that are noted in a minute, of all callers together; the rest are not
@@ -108,6 +109,7 @@ ANSWERS = {
     "POST /v1/completions",
     "POST /v1/embeddings",
 }  # the request log has them
+DEEDS = {f"POST {JOB}/{verb}" for verb in ("cancel", "pause", "resume")}  # whose handlers write their `deed`
 SPENDS = ANSWERS | {"POST /v1/fine_tuning/alpha/graders/run"}  # tokens
 
 
@@ -116,6 +118,12 @@ def caller(request: Request) -> Caller:
     who = request.scope[CALLER]
     assert isinstance(who, Caller)
     return who
+
+
+def deed(request: Request) -> Deed:
+    """What the audit log says of this request, for the transaction that carries it out."""
+    who = caller(request)
+    return Deed(request.scope[ROUTE], keys.hidden(request.scope["path"])[:200], who.key_id, who.tenant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +196,7 @@ class Guard:
             await self._note_refusal(scope, "missing scope", who)
             await _forbidden(missing)(scope, receive, send)
         else:
-            scope[CALLER] = who
+            scope[CALLER], scope[ROUTE] = who, lines[0].route
             if answers and known is None and (error := self._newly_full(sha256, who)) is not None:
                 await _turned_away(scope, error)(scope, receive, send)
                 return
@@ -223,7 +231,7 @@ class Guard:
         try:
             await self._app(scope, receive, heard)
         finally:
-            if line.method != "GET" and line.route not in ANSWERS and status < 400:
+            if line.method != "GET" and line.route not in ANSWERS | DEEDS and status < 400:
                 await run_in_threadpool(self._note, line, scope["path"], who)
 
     async def _who(self, sha256: str | None) -> tuple[Caller, Key | None] | str:

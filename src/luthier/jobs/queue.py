@@ -14,12 +14,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import case, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from luthier import tuned
+from luthier.chain import Deed
 from luthier.errors import NotFound
 from luthier.jobs.asked import Refused
 from luthier.jobs.records import (
@@ -48,6 +50,21 @@ class NoJob(NotFound):
 
     code = "fine_tune_not_found"
     param = "fine_tuning_job_id"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What its owner may do with a job: from which states to which, and how that is told."""
+
+    verb: str
+    frm: tuple[str, ...]
+    to: str
+    word: str
+
+
+CANCEL = Wish("cancel", (*ACTIVE, "paused"), "cancelled", "cancelled")
+PAUSE = Wish("pause", ("queued", "running"), "paused", "paused")
+RESUME = Wish("resume", ("paused",), "queued", "resumed; waiting for a worker")
 
 
 class Queue:
@@ -121,39 +138,31 @@ class Queue:
         rows = self._store.rows(query.order_by(JOB_CHECKPOINTS.c.step.desc()).limit(limit + 1))
         return [as_checkpoint(row) for row in rows[:limit]], len(rows) > limit
 
-    def cancel(self, tenant: str | None, job_id: str) -> Job:
+    def cancel(self, tenant: str | None, job_id: str, deed: Deed | None = None) -> Job:
         """No more is done for it from now on; a worker that has it stops at its next breath."""
         ended = {"finished_at": int(self._clock()), "estimated_finish": None}
-        return self._ask(tenant, job_id, (*ACTIVE, "paused"), "cancelled", "cancelled", ended)
+        return self._ask(tenant, job_id, CANCEL, ended, deed)
 
-    def pause(self, tenant: str | None, job_id: str) -> Job:
+    def pause(self, tenant: str | None, job_id: str, deed: Deed | None = None) -> Job:
         """A worker that has it saves and stops; what is trained is kept."""
-        waits = {"estimated_finish": None}
-        return self._ask(tenant, job_id, ("queued", "running"), "paused", "paused", waits)
+        return self._ask(tenant, job_id, PAUSE, {"estimated_finish": None}, deed)
 
-    def resume(self, tenant: str | None, job_id: str) -> Job:
-        return self._ask(tenant, job_id, ("paused",), "queued", "resumed; waiting for a worker", {})
+    def resume(self, tenant: str | None, job_id: str, deed: Deed | None = None) -> Job:
+        return self._ask(tenant, job_id, RESUME, {}, deed)
 
     def _ask(
-        self,
-        tenant: str | None,
-        job_id: str,
-        frm: Sequence[str],
-        to: str,
-        word: str,
-        values: Mapping[str, Any],
+        self, tenant: str | None, job_id: str, wish: Wish, values: Mapping[str, Any], deed: Deed | None
     ) -> Job:
+        """What the audit log says of it is written by the same commit, or nothing is done."""
         job = self.get(tenant, job_id)
-        with self._store.writing() as connection:
-            moved = _move(connection, job_id, frm, {"status": to, **values})
-            if moved:
-                _tell(connection, self._clock(), job_id, Note(f"The job has been {word}"))
-        if not moved:
-            now = self.get(tenant, job_id).status
-            verb = {"cancelled": "cancel", "paused": "pause", "queued": "resume"}[to]
-            raise Refused(
-                f"Cannot {verb} a job that is {now}; it must be {' or '.join(frm)}", code="invalid_status"
-            )
+        with self._store.writing(deed) as connection:
+            if not _move(connection, job_id, wish.frm, {"status": wish.to, **values}):
+                now = connection.execute(select(JOBS.c.status).where(JOBS.c.id == job_id)).scalar()
+                raise Refused(
+                    f"Cannot {wish.verb} a job that is {now}; it must be {' or '.join(wish.frm)}",
+                    code="invalid_status",
+                )
+            _tell(connection, self._clock(), job_id, Note(f"The job has been {wish.word}"))
         return self.get(job.tenant, job_id)
 
     def _seq(self, tenant: str | None, job_id: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import audit
+from luthier.chain import Deed
 from luthier.engine import memory
 from luthier.errors import DataError
 from luthier.home import Home
@@ -88,13 +89,13 @@ class Jobs:
         }
 
     def move(self, job_id: str, verb: str) -> dict[str, Any]:
-        """Cancel, pause or resume a job."""
-        moves: dict[str, Callable[[None, str], Job]] = {
+        """Cancel, pause or resume a job; the audit log tells of it by the same commit."""
+        moves: dict[str, Callable[[None, str, Deed], Job]] = {
             "cancel": self.queue.cancel, "pause": self.queue.pause, "resume": self.queue.resume,
         }  # fmt: skip
-        job = moves[verb](None, job_id)
-        self._note(verb, job)
-        return ask.job_object(job)
+        job = self.queue.get(None, job_id)
+        deed = Deed(f"jobs {verb}", job.id, self.actor, job.tenant)
+        return ask.job_object(moves[verb](None, job.id, deed))
 
     def _note(self, verb: str, job: Job) -> None:
         audit.note(self.store, f"jobs {verb}", job.id, actor=self.actor, tenant=job.tenant)

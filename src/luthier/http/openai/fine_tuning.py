@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from luthier import keys
 from luthier.home import Home
 from luthier.http import problems
-from luthier.http.auth import caller
+from luthier.http.auth import caller, deed
 from luthier.http.places import Places
 from luthier.http.problems import RequestError, TooLarge
 from luthier.jobs import ask, quote
@@ -127,17 +127,17 @@ def _moves(router: APIRouter, queue: Queue) -> None:
     @router.post(JOB + "/cancel")
     def cancel(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
         """Stop a job for good."""
-        return ask.job_object(queue.cancel(caller(request).tenant, fine_tuning_job_id))
+        return ask.job_object(queue.cancel(caller(request).tenant, fine_tuning_job_id, deed(request)))
 
     @router.post(JOB + "/pause")
     def pause(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
         """Save what is trained and stop, until the job is resumed."""
-        return ask.job_object(queue.pause(caller(request).tenant, fine_tuning_job_id))
+        return ask.job_object(queue.pause(caller(request).tenant, fine_tuning_job_id, deed(request)))
 
     @router.post(JOB + "/resume")
     def resume(request: Request, fine_tuning_job_id: str) -> dict[str, Any]:
         """Go on with a paused job from what was saved."""
-        return ask.job_object(queue.resume(caller(request).tenant, fine_tuning_job_id))
+        return ask.job_object(queue.resume(caller(request).tenant, fine_tuning_job_id, deed(request)))
 
 
 def _told(router: APIRouter, store: Store, queue: Queue) -> None:
