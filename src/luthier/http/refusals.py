@@ -9,11 +9,11 @@ source, so silence shows. It does not know why a request was refused, nor who wr
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass
 
-MINUTE_S = 60.0
+from luthier.http.sparing import Minute
+
 EACH = 10
 ALL = 60  # of all keys together, and again of all addresses
 SOURCES = 512  # sources that are counted apart in a minute; those beyond are told as "others"
@@ -33,17 +33,15 @@ class Refusals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._until_s = 0.0
+        self._minute = Minute()
         self._written: Counter[str] = Counter()
         self._all: Counter[bool] = Counter()
         self._unwritten: Counter[str] = Counter()
 
     def may_write(self, source: str, *, a_key: bool, now_s: float | None = None) -> bool:
         """Whether this one is written; else it is counted."""
-        moment_s = time.monotonic() if now_s is None else now_s
         with self._lock:
-            if moment_s >= self._until_s:
-                self._until_s = moment_s + MINUTE_S
+            if self._minute.begins(now_s):
                 self._written.clear()
                 self._all.clear()
             known = source in self._written or len(self._written) < SOURCES
@@ -56,8 +54,7 @@ class Refusals:
 
     def left_s(self, now_s: float | None = None) -> float:
         """How long this minute still is."""
-        moment_s = time.monotonic() if now_s is None else now_s
-        return max(0.0, self._until_s - moment_s)
+        return self._minute.left_s(now_s)
 
     def silence(self) -> Silence | None:
         """What was not written since this was last asked, and nothing of it is remembered any more."""
