@@ -115,6 +115,9 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     ] = None,
     workers: Annotated[int, typer.Option(help="processes for fine-tuning jobs; 0 for none", min=0)] = 1,
     cache: Annotated[int, typer.Option(help="deterministic answers kept; 0 for none", min=0)] = 0,
+    first_token_seconds: Annotated[
+        float, typer.Option(help="in a rush, whoever would wait longer for a first token is told 429", min=0)
+    ] = 0.4,
     backend: Annotated[
         str | None,
         typer.Option(help="what computes answers: '{name: vllm, url: …}'; default: our own engine"),
@@ -160,8 +163,9 @@ def serve(  # noqa: PLR0913 - each is an option of the command
             brought |= cli_bases.admitted(None, base, "LicenseRef-own", home)
         secure = http.Secure(tls_cert, tls_key, insecure)
         http.serve(
-            home=home, host=host, port=port, key=key, workers=workers, cached=cache, backend=backend,
-            judge=judge, log_prompts=log_prompts, secure=secure, announce=announce,
+            home=home, host=host, port=port, key=key, workers=workers, cached=cache,
+            first_token_s=first_token_seconds, backend=backend, judge=judge, log_prompts=log_prompts,
+            secure=secure, announce=announce,
         )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     key: str | None = None,
     workers: int = 0,
     cached: int = 0,
+    first_token_s: float = 0.4,
     backend: str | None = None,
     judge: str | None = None,
     log_prompts: bool = False,
@@ -47,6 +48,8 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     without a `key` a new one is made, and known to nobody but who hears the announcement. The official
     client's `base_url` is the url followed by `/v1`.
     `workers` processes carry out fine-tuning jobs meanwhile; `cached` deterministic answers are kept.
+    In a rush, which begins at half a queue, only those are taken on whose first token can be expected within
+    `first_token_s`, or a few times as long as one alone takes; who can wait sets it high, and is queued.
     `backend` says what computes them, as `{name: vllm, its: settings}`; by default our own engine.
     `judge` names a model elsewhere that graders may ask, as `{name: remote, url: …, model: …, key_env: …}`.
     With `log_prompts` what is asked and answered is written to a file below the home, which the announcement
@@ -59,7 +62,7 @@ def serve(  # noqa: PLR0913 - each is an option of the command
     from luthier.store import Store
 
     opened = Home.at(home)
-    limits = Limits(cached=cached)
+    limits = Limits(cached=cached, first_s=first_token_s)
     chosen = None if backend is None else backends.read(backend)
     asked = None if judge is None else backends.read(judge)
     door = server.Door(
