@@ -7,6 +7,7 @@ attention, tiled head. Every other variant undoes one of them and leaves the res
     plain-layers PEFT's and transformers' own layers, not `engine.fused`
     uncompiled   the fused layers' formulas as they stand
     sdpa         one call of torch's scaled_dot_product_attention per document
+    torch-products  torch's matrix products everywhere (only where ours are used at all: bf16 without AMX)
     whole-head   all logits of the learnt tokens at once, through autograd
     exact        `full` in float32 without compiling, for comparing losses
 
@@ -28,6 +29,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from luthier.engine import attention, base, batch, documents, fused, head, loop, memory, native
+from luthier.engine.kernels import PLAIN
 from luthier.methods import lora
 from luthier.objectives import Batch, sft
 from luthier.stages.plan import MICRO_TOKENS
@@ -44,6 +46,7 @@ class Ideas:
     fused: bool = True
     compiled: bool = True
     own_attention: bool = True
+    own_products: bool = True
     tiled: bool = True
     dtype: str = "bfloat16"
 
@@ -54,6 +57,7 @@ VARIANTS = {
     "plain-layers": Ideas(fused=False),
     "uncompiled": Ideas(compiled=False),
     "sdpa": Ideas(own_attention=False),
+    "torch-products": Ideas(own_products=False),
     "whole-head": Ideas(tiled=False),
     "exact": Ideas(compiled=False, dtype="float32"),
 }
@@ -67,7 +71,8 @@ def untiled_scores(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int, 
 
 
 def formulas(ideas: Ideas) -> Any:
-    return native.kernels(ideas.compiled and native.can_compile())
+    found = native.kernels(ideas.compiled and native.can_compile())
+    return found if ideas.own_products else replace(found, total=PLAIN.total)
 
 
 def prepare(job: Job, ideas: Ideas) -> Any:

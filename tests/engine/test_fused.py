@@ -17,6 +17,7 @@ from luthier.methods import lora
 from tests.engine.test_attention import rows
 from tests.engine.tiny_families import FAMILIES, SMALL, make
 
+COMPILER = pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
 LENGTHS = (17, 9, 9, 4)
 CONFIGS = FAMILIES | {
     "qwen2, biased": lambda: Qwen2Config(**SMALL),
@@ -139,7 +140,7 @@ def test_a_layer_called_alone_or_twice_still_answers() -> None:
         assert gap(getattr(own, name)(x), getattr(other, name)(x)) < 1e-6
 
 
-@pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
+@COMPILER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_formulas_are_the_formulas(dtype: torch.dtype) -> None:
     plain, compiled = kernels(compiled=False), kernels(compiled=True)
@@ -160,7 +161,7 @@ def test_compiled_formulas_are_the_formulas(dtype: torch.dtype) -> None:
                 assert gap(one, other) < bound
 
 
-@pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
+@COMPILER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seen", [Seen(20), Seen(20, 7), Seen(20, 7, 5), Seen(2)])
 def test_compiled_softmax_sees_the_keys_that_the_plain_one_sees(dtype: torch.dtype, seen: Seen) -> None:
@@ -177,7 +178,7 @@ def test_compiled_softmax_sees_the_keys_that_the_plain_one_sees(dtype: torch.dty
     assert gap(compiled.soften_backward(grad.clone(), weights, seen, 0.3), slope) < bound
 
 
-@pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
+@COMPILER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_rotation_and_head_are_the_plain_ones(dtype: torch.dtype) -> None:
     plain, compiled = kernels(compiled=False), kernels(compiled=True)
@@ -197,7 +198,7 @@ def test_compiled_rotation_and_head_are_the_plain_ones(dtype: torch.dtype) -> No
     assert one[1].tolist() == other[1].tolist() == [n in (2, 4, 5) for n in range(9)]
 
 
-@pytest.mark.skipif(not can_compile(), reason="no C++ compiler is installed")
+@COMPILER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_compiled_formulas_let_no_bad_number_pass_for_a_good_one(dtype: torch.dtype, bad: float) -> None:
@@ -212,7 +213,8 @@ def test_compiled_formulas_let_no_bad_number_pass_for_a_good_one(dtype: torch.dt
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_what_a_young_adapter_adds_is_not_rounded_away_in_bfloat16(bias: bool) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
+def test_what_a_young_adapter_adds_is_not_rounded_away_in_bfloat16(bias: bool, compiled: bool) -> None:
     noise = torch.Generator().manual_seed(5)
     linear = torch.nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     a, b = (torch.nn.Parameter(torch.randn(shape, generator=noise)) for shape in ((4, 64), (96, 4)))
@@ -220,7 +222,7 @@ def test_what_a_young_adapter_adds_is_not_rounded_away_in_bfloat16(bias: bool) -
     with torch.no_grad():
         a.mul_(0.05)
         b.mul_(2e-4)  # after one step of AdamW at 2e-4
-    stack = fused.Stack([fused.Part(linear, a, b, 2.0)])
+    stack = fused.Stack([fused.Part(linear, a, b, 2.0)], kernels(compiled))
     low = stack.low(stack.adapters())
     assert low is not None
     grad = torch.randn(256, 96, generator=noise).bfloat16()

@@ -4,9 +4,8 @@ Sources: the gradient of W x + s B A x (Hu et al. 2021, arXiv 2106.09685) writte
 LoRAFusion (arXiv 2510.00206). Layers that read one input (q, k, v; gate, up) are one product with one saved
 input: their frozen weights lie in one tensor, their A's are stacked, their B's form a block diagonal.
 Products run in the base's number type, with the adapter's float32 masters cast once a call; an MLP keeps
-its input and (gate, up) and nothing else. The adapter's product comes first and the base's is added to it,
-in float32 inside one product: the other way round, what a young adapter adds is below half a unit in the
-last place of the base's bf16 output, and is rounded away.
+its input and (gate, up) and nothing else. The adapter's product and the base's are summed in float32
+(`kernels.total`).
 
 `fuse` replaces the forward of a module only after the replacement has given the module's own answer on a
 trial; what it does not recognise (dropout, DoRA, trained base weights, other MLPs) it leaves as it was. With
@@ -74,8 +73,8 @@ def part(module: Any) -> Part | None:
 class Stack:
     """Linear layers that read the same input, as one product (T, E) to (T, O)."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[Part], formulas: Kernels = PLAIN) -> None:
+        self.parts, self._total = tuple(parts), formulas.total
         linears = [part.linear for part in parts]
         self.sizes = [linear.out_features for linear in linears]
         if len(linears) == 1:
@@ -84,6 +83,14 @@ class Stack:
             self.weight_O_E = torch.cat([linear.weight.data for linear in linears])
             for linear, rows in zip(linears, torch.split(self.weight_O_E, self.sizes), strict=True):
                 linear.weight.data = rows  # one copy: the layer's own weight is now a view of the stack
+        self._places: list[tuple[slice, slice]] = []  # of each B in the block diagonal: rows and columns
+        row = column = 0
+        for part, size in zip(parts, self.sizes, strict=True):
+            if part.a is not None:
+                self._places.append((slice(row, row + size), slice(column, column + len(part.a))))
+                column += len(part.a)
+            row += size
+        self._scales = [part.scale for part in parts if part.a is not None]
         biased = any(linear.bias is not None for linear in linears)
         self.bias_O = torch.cat([_bias(linear) for linear in linears]) if biased else None
 
@@ -98,27 +105,17 @@ class Stack:
         dtype = self.weight_O_E.dtype
         a_R_E = torch.cat([a.detach().to(dtype) for a in adapters[::2]])
         b_O_R = a_R_E.new_zeros(len(self.weight_O_E), len(a_R_E))
-        for (rows, columns, scale), b in zip(self._blocks(adapters), adapters[1::2], strict=True):
+        for (rows, columns), scale, b in zip(self._places, self._scales, adapters[1::2], strict=True):
             b_O_R[rows, columns] = (b.detach() * scale).to(dtype)
         return a_R_E, b_O_R
-
-    def _blocks(self, adapters: Sequence[Tensor]) -> Iterable[tuple[slice, slice, float]]:
-        ranks = iter(len(a) for a in adapters[::2])
-        row = column = 0
-        for part, size in zip(self.parts, self.sizes, strict=True):
-            if part.a is not None:
-                rank = next(ranks)
-                yield slice(row, row + size), slice(column, column + rank), part.scale
-                column += rank
-            row += size
 
     def forward(self, x_T_E: Tensor, low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """The output, and the input in the adapters' (T, R) space, which the way back needs again."""
         if low is None:
             return nn.functional.linear(x_T_E, self.weight_O_E, self.bias_O), None
         a_R_E, b_O_R = low
-        x_T_R = x_T_E @ a_R_E.T
-        y_T_O = (x_T_R @ b_O_R.T).addmm_(x_T_E, self.weight_O_E.T)
+        x_T_R = self._total(x_T_E, a_R_E.T)
+        y_T_O = self._total(x_T_E, self.weight_O_E.T, (x_T_R, b_O_R.T))
         return (y_T_O if self.bias_O is None else y_T_O.add_(self.bias_O)), x_T_R
 
     def input_gradient(
@@ -126,10 +123,11 @@ class Stack:
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of the input, if `wanted`, and of the input in the adapters' space."""
         if low is None:
-            return grad_T_O @ self.weight_O_E if wanted else None, None
+            return self._total(grad_T_O, self.weight_O_E) if wanted else None, None
         a_R_E, b_O_R = low
-        grad_T_R = grad_T_O @ b_O_R
-        return (grad_T_R @ a_R_E).addmm_(grad_T_O, self.weight_O_E) if wanted else None, grad_T_R
+        blocks = [self._total(grad_T_O[:, rows], b_O_R[rows, columns]) for rows, columns in self._places]
+        grad_T_R = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        return self._total(grad_T_O, self.weight_O_E, (grad_T_R, a_R_E)) if wanted else None, grad_T_R
 
     def adapter_gradients(
         self,
@@ -141,10 +139,12 @@ class Stack:
         (grad_T_O, grad_T_R), (x_T_E, x_T_R) = grads, inputs
         if grad_T_R is None or x_T_R is None:
             return []
-        grad_R_E, grad_O_R = grad_T_R.T @ x_T_E, grad_T_O.T @ x_T_R
+        grad_R_E = self._total(grad_T_R.T, x_T_E)
         found: list[Tensor] = []
-        for (rows, columns, scale), a in zip(self._blocks(adapters), adapters[::2], strict=True):
-            found += [grad_R_E[columns].to(a.dtype), grad_O_R[rows, columns].to(a.dtype).mul_(scale)]
+        for (rows, columns), scale, a in zip(self._places, self._scales, adapters[::2], strict=True):
+            grad_r_o = self._total(x_T_R[:, columns].T, grad_T_O[:, rows])
+            grad_o_r = grad_r_o.T.to(a.dtype, memory_format=torch.contiguous_format)
+            found += [grad_R_E[columns].to(a.dtype), grad_o_r.mul_(scale)]
         return found
 
 
@@ -254,8 +254,8 @@ def _flat(function: Any, x: Tensor, *rest: Any) -> Tensor:
 class _Siblings:
     """Layers that are called one after another with one input, in one thread: the first computes all."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.stack = Stack(parts)
+    def __init__(self, parts: Sequence[Part], formulas: Kernels) -> None:
+        self.stack = Stack(parts, formulas)
         self.input: Tensor | None = None
         self.ready: dict[int, Tensor] = {}
 
@@ -283,9 +283,9 @@ def fuse(model: Any, formulas: Kernels, spare: Spare = "none") -> int:
         elif hasattr(module, "down_proj"):
             _fuse_mlp(module, (formulas, spare == "selective"), done)
     for module, names in product(modules, SIBLINGS):
-        _fuse_products([getattr(module, name, None) for name in names], done)
+        _fuse_products([getattr(module, name, None) for name in names], formulas, done)
     for module in (module for module in modules if type(module) is LoraLinear):
-        _fuse_products([module], done)
+        _fuse_products([module], formulas, done)
     for module in (module for module in modules if hasattr(module, "o_proj")):
         _fuse_attention(module, formulas, done)
     for layer in model.get_decoder().layers if spare == "full" else ():
@@ -312,7 +312,7 @@ def _fuse_mlp(module: Any, how: tuple[Kernels, bool], done: set[nn.Module]) -> N
     parts = [found for member in members if (found := part(member)) is not None]
     if len(parts) != len(members):
         return
-    stacks = Stack(parts[:-1]), Stack(parts[-1:])
+    stacks = Stack(parts[:-1], how[0]), Stack(parts[-1:], how[0])
     adapters = [*stacks[0].adapters(), *stacks[1].adapters()]
     for name in ACTIVATIONS:
         plain, wanted = (
@@ -324,12 +324,12 @@ def _fuse_mlp(module: Any, how: tuple[Kernels, bool], done: set[nn.Module]) -> N
             return
 
 
-def _fuse_products(modules: Sequence[Any], done: set[nn.Module]) -> None:
+def _fuse_products(modules: Sequence[Any], formulas: Kernels, done: set[nn.Module]) -> None:
     parts = [part(module) for module in modules]
     widths = {found.linear.in_features for found in parts if found is not None}
     if None in parts or len(widths) != 1 or not done.isdisjoint(modules):
         return
-    siblings = _Siblings([found for found in parts if found is not None])
+    siblings = _Siblings([found for found in parts if found is not None], formulas)
     for number, module in enumerate(modules):
         module.forward = partial(siblings.call, number)
     done.update(modules)

@@ -35,6 +35,7 @@ class Kernels:
     turn: Kernel
     unturn: Kernel
     settle: Kernel
+    total: Kernel
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,16 @@ def settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor,
     return chosen_N, right_N, residual_N_V.to(logits_N_V.dtype)
 
 
+def total(x_M_K: Tensor, w_K_N: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """x w, or x w + y v where `more` is (y, v), summed in float32: what comes second is added to the first
+    inside its product.
+
+    With y v the other way round, what a young adapter adds to a bf16 base's output would be below half a unit
+    in its last place, and be rounded away.
+    """
+    return x_M_K @ w_K_N if more is None else (more[0] @ more[1]).addmm_(x_M_K, w_K_N)
+
+
 def _tanh_gelu(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
@@ -154,5 +165,5 @@ PLAIN = Kernels(
     norm=norm, norm_backward=norm_backward,
     gate={name: _gate(forward) for name, (forward, _) in ACTIVATIONS.items()},
     gate_backward={name: _gate_backward(*pair) for name, pair in ACTIVATIONS.items()},
-    soften=soften, soften_backward=soften_backward, turn=turn, unturn=unturn, settle=settle,
+    soften=soften, soften_backward=soften_backward, turn=turn, unturn=unturn, settle=settle, total=total,
 )  # fmt: skip

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -118,20 +119,25 @@ inline Span seen(long row, long length, long before, long window) {
 
 template <class N>
 void soften(N* scores, long rows, long length, long reach, long before, long window, float scale) {
-#pragma omp parallel for schedule(static)
-    for (long row = 0; row < rows; ++row) {
-        N* at = scores + row * reach;
-        const Span span = seen(row, length, before, window);
-        float top = -__builtin_inff(), sum = 0.0f;
+#pragma omp parallel
+    {
+        std::vector<float> powers(reach);
+        float* power_of = powers.data();
+#pragma omp for schedule(static)
+        for (long row = 0; row < rows; ++row) {
+            N* at = scores + row * reach;
+            const Span span = seen(row, length, before, window);
+            float top = -__builtin_inff(), sum = 0.0f;
 #pragma omp simd reduction(max : top)
-        for (long k = span.low; k < span.high; ++k) top = wide(at[k]) > top ? wide(at[k]) : top;
+            for (long k = span.low; k < span.high; ++k) top = wide(at[k]) > top ? wide(at[k]) : top;
 #pragma omp simd reduction(+ : sum)
-        for (long k = span.low; k < span.high; ++k) sum += power((wide(at[k]) - top) * scale);
-        const float share = 1.0f / sum;
+            for (long k = span.low; k < span.high; ++k) sum += power_of[k] = power((wide(at[k]) - top) * scale);
+            const float share = 1.0f / sum;
 #pragma omp simd
-        for (long k = span.low; k < span.high; ++k) put(at[k], power((wide(at[k]) - top) * scale) * share);
-        std::memset(at, 0, sizeof(N) * span.low);
-        std::memset(at + span.high, 0, sizeof(N) * (reach - span.high));
+            for (long k = span.low; k < span.high; ++k) put(at[k], power_of[k] * share);
+            std::memset(at, 0, sizeof(N) * span.low);
+            std::memset(at + span.high, 0, sizeof(N) * (reach - span.high));
+        }
     }
 }
 

@@ -1,10 +1,11 @@
 """The formulas of `engine.kernels` in C++: compiled in a second for this very CPU, one pass over memory each.
 
-Sources: `native.cpp` beside this file, built by g++ into a temporary folder of this process and called
-through ctypes (Python's foreign function library). It shares OpenMP's threads with torch, so that torch's
-`set_num_threads` holds here too. Rounding happens once at the end of each formula: bits differ from the plain
-formulas, and between kinds of CPU, so a run uses one or the other to its end. What the C++ does not take
-(another device, number type or memory layout) goes to the plain formula.
+Sources: `native.cpp` and `products.cpp` beside this file, built by g++ into a temporary folder of this
+process and called through ctypes (Python's foreign function library). They share OpenMP's threads with torch,
+so that torch's `set_num_threads` holds here too. Rounding happens once at the end of each formula: bits
+differ from the plain formulas, and between kinds of CPU, so a run uses one or the other to its end. What the
+C++ does not take (another device, number type or memory layout) goes to the plain formula; so do products
+where torch has a matrix unit (AMX) for them.
 
 It does not know modules, adapters or graphs of gradients.
 """
@@ -27,6 +28,7 @@ from luthier.engine.kernels import PLAIN, Kernels, Seen
 from luthier.errors import TrainError
 
 SOURCE = Path(__file__).with_name("native.cpp")
+PRODUCTS = Path(__file__).with_name("products.cpp")
 COMPILER = "g++"
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno",
@@ -187,6 +189,59 @@ def _settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor
     return logp_N, right_N, logits_N_V
 
 
+class _Factors(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w")),
+        *((name, ctypes.c_int64) for name in ("x_row", "w_line", "depth", "across")),
+    ]  # fmt: skip
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("factors", _Factors * 2),
+        *((name, ctypes.c_int64) for name in ("count", "rows", "columns")),
+        ("out", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@cache
+def _multiplies() -> bool:
+    """Whether this CPU multiplies bfloat16 and has no matrix unit, which torch's products would use."""
+    return "amx_bf16" not in cpu_flags() and bool(build(PRODUCTS).products_has())
+
+
+def _total(x_M_K: Tensor, w_K_N: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    factors = [(x_M_K, w_K_N)] if more is None else [(x_M_K, w_K_N), more]
+    if not all(map(_multiplied, factors)):
+        return plain.total(x_M_K, w_K_N, more)
+    factors = [(_in_pairs(x), w) for x, w in factors]  # kept alive until the call is over
+    out_M_N = x_M_K.new_empty(len(x_M_K), w_K_N.shape[1])
+    given = (_Factors * 2)(*(_described(*pair) for pair in factors))
+    build(PRODUCTS).products_total(
+        ctypes.byref(_Job(given, len(factors), *out_M_N.shape, out_M_N.data_ptr()))
+    )
+    return out_M_N
+
+
+def _multiplied(factors: tuple[Tensor, Tensor]) -> bool:
+    plain_memory = 1 in factors[1].stride() and all(x.is_cpu and x.numel() for x in factors)
+    return plain_memory and all(x.dtype is torch.bfloat16 for x in factors) and _multiplies()
+
+
+def _in_pairs(x_M_K: Tensor) -> Tensor:
+    """Rows of numbers side by side, with a zero behind an odd one."""
+    odd = x_M_K.shape[1] % 2
+    if x_M_K.stride(1) == 1 and not odd:
+        return x_M_K
+    return torch.nn.functional.pad(x_M_K, (0, odd)).contiguous()[:, : x_M_K.shape[1]]
+
+
+def _described(x_M_K: Tensor, w_K_N: Tensor) -> _Factors:
+    across = w_K_N.stride(1) != 1
+    line = w_K_N.stride(1) if across else w_K_N.stride(0)
+    return _Factors(x_M_K.data_ptr(), w_K_N.data_ptr(), x_M_K.stride(0), line, len(w_K_N), across)
+
+
 @cache
 def _compiled() -> Kernels:
     _library()
@@ -194,4 +249,5 @@ def _compiled() -> Kernels:
         norm=_norm, norm_backward=_norm_backward,
         gate=PLAIN.gate | {"silu": _silu}, gate_backward=PLAIN.gate_backward | {"silu": _silu_backward},
         soften=_soften, soften_backward=_soften_backward, turn=_turn, unturn=_unturn, settle=_settle,
+        total=_total,
     )  # fmt: skip

@@ -1,0 +1,121 @@
+// Sums of products of bfloat16 matrices, C = X W + Y V, for a CPU that multiplies bfloat16 (AVX-512).
+//
+// Sources: panels of the right factor packed as they are multiplied, as in GotoBLAS (Goto & van de Geijn 2008, ACM
+// TOMS 34(3)); registers and threads as in tiles.h. A panel is packed when it is needed and thrown away, so weights
+// lie in memory once, and either way round. Sums are float32 in one order, whatever the number of threads: each of the
+// two products from its first pair to its last, then one and the other.
+//
+// It does not know layers or tensors: engine/native.py checks what it is given. A left factor's rows are read in pairs;
+// where the length is odd, what lies behind the last number of a row must be a number.
+
+#ifdef __AVX512BF16__
+
+#include <omp.h>
+
+#include "tiles.h"
+
+namespace {
+
+struct Factors {
+    const bf16* x;       // (rows, depth), `x_row` apart
+    const bf16* w;       // (depth, columns), or where `across` its transpose; lines lie `w_line` apart
+    int64_t x_row, w_line, depth, across;
+};
+
+struct Job {
+    Factors factors[2];
+    int64_t count, rows, columns;
+    bf16* out;  // (rows, columns)
+};
+
+// Columns first ... first + 16 of W as (pairs, 16, 2), zeros behind its edges.
+void pack(const Factors& of, long first, long columns, bf16* to) {
+    const long width = columns - first < TILE ? columns - first : TILE;
+    const __mmask16 some = __mmask16((1u << width) - 1);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i apart = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(of.w_line * 2)));
+    for (long p = 0; 2 * p < of.depth; ++p, to += 2 * TILE) {
+        __m512i pairs;
+        const bool odd = 2 * p + 1 >= of.depth;
+        if (of.across) {
+            const bf16* at = of.w + first * of.w_line + 2 * p;
+            if (odd) {  // the number behind the last is not ours
+                alignas(64) int32_t one[TILE] = {};
+                for (long i = 0; i < width; ++i) one[i] = at[i * of.w_line];
+                pairs = _mm512_load_si512(one);
+            } else pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, apart, at, 1);
+        } else {
+            const bf16* at = of.w + 2 * p * of.w_line + first;
+            const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, at));
+            const __m512i next = odd ? _mm512_setzero_si512() : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, at + of.w_line));
+            pairs = _mm512_or_si512(even, _mm512_slli_epi32(next, 16));
+        }
+        _mm512_storeu_si512(to, pairs);
+    }
+}
+
+// Two tiles of columns for rows first ... last.
+void unit(const Job& job, long tile, long first, long last, std::vector<bf16>& room) {
+    const long column = tile * TILE, tiles = job.columns - column > TILE ? 2 : 1;
+    const bf16* panel[2];
+    long apart[2], pairs[2];
+    size_t size = 0;
+    for (long f = 0; f < job.count; ++f) {
+        pairs[f] = (job.factors[f].depth + 1) / 2;
+        apart[f] = pairs[f] * 2 * TILE;
+        size += 2 * apart[f];
+    }
+    room.resize(size + 32);
+    bf16* to = (bf16*)((uintptr_t(room.data()) + 63) & ~uintptr_t(63));
+    for (long f = 0; f < job.count; ++f) {
+        panel[f] = to;
+        for (long i = 0; i < tiles; ++i, to += apart[f]) pack(job.factors[f], column + i * TILE, job.columns, to);
+    }
+    alignas(64) float sum[2][2 * ROWS * TILE];
+    for (long row = first; row < last; row += ROWS) {
+        const long rows = last - row < ROWS ? last - row : ROWS;
+        for (long f = 0; f < job.count; ++f) {
+            const Factors& of = job.factors[f];
+            some(tiles, panel[f], apart[f], of.x + row * of.x_row, of.x_row, rows, pairs[f], sum[f]);
+        }
+        for (long i = 0; i < tiles; ++i) {
+            const long left = job.columns - column - i * TILE;
+            const __mmask16 some = left < TILE ? __mmask16((1u << left) - 1) : __mmask16(0xffff);
+            for (long r = 0; r < rows; ++r) {
+                __m512 all = _mm512_load_ps(sum[0] + (i * ROWS + r) * TILE);
+                if (job.count == 2) all = _mm512_add_ps(all, _mm512_load_ps(sum[1] + (i * ROWS + r) * TILE));
+                put(some, job.out + (row + r) * job.columns + column + i * TILE, all);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+long products_has() { return 1; }
+
+void products_total(const Job* job) {
+    const long tiles = (job->columns + TILE - 1) / TILE, units = (tiles + 1) / 2;
+    Team team;
+    team.size = omp_get_max_threads();
+#pragma omp parallel num_threads(team.size)
+    {
+        std::vector<bf16> room;
+#pragma omp single
+        team.size = omp_get_num_threads();
+        const long wanted = (4 * team.size + units - 1) / units;  // pieces of the rows, where columns are few
+        const long most = (job->rows + 8 * ROWS - 1) / (8 * ROWS), pieces = wanted < most ? wanted : most;
+        const long each = ((job->rows + pieces - 1) / pieces + ROWS - 1) / ROWS * ROWS;
+        team.share(units * pieces, [&](long number) {
+            const long first = number % pieces * each, last = first + each < job->rows ? first + each : job->rows;
+            if (first < last) unit(*job, 2 * (number / pieces), first, last, room);
+        });
+    }
+}
+}
+
+#else
+extern "C" long products_has() { return 0; }
+#endif
