@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from luthier import template
 from luthier.errors import ModelError
 from luthier.rendering import Refused
-from luthier.rows import Chat, Message, Role, chat, dicts, pair
+from luthier.rows import Chat, Message, Role, chat, conversation, dicts, pair
 from tests.tiny import CHATML, SPECIAL
 
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -156,18 +156,10 @@ FREE = [
 ]  # fmt: skip
 
 
-def test_of_turns_in_any_order_every_answer_is_learnt_but_a_greeting_that_nothing_asked_for(
-    tokenizer: Any,
-) -> None:
-    row = template.encode(tokenizer, chat(FREE, "rows.jsonl:7"))
-    learnt = [n for n, taken in zip(row.ids, row.mask, strict=True) if taken]
-    assert tokenizer.decode(learnt) == "a<|im_end|>b<|im_end|>c<|im_end|>"
-    plain = tokenizer.apply_chat_template(FREE, tokenize=True, return_dict=False)
-    assert list(row.ids) == plain
-    silent = [{**turn, "weight": 0} if turn["content"] == "b" else turn for turn in FREE]
-    row = template.encode(tokenizer, chat(silent, "rows.jsonl:7"))
-    learnt = [n for n, taken in zip(row.ids, row.mask, strict=True) if taken]
-    assert tokenizer.decode(learnt) == "a<|im_end|>c<|im_end|>"
+def test_turns_in_any_order_are_asked_as_the_template_writes_them(tokenizer: Any) -> None:
+    asked = template.prompt_ids(tokenizer, conversation(FREE, "request"))
+    plain = tokenizer.apply_chat_template(FREE, tokenize=True, return_dict=False, add_generation_prompt=True)
+    assert asked == plain
 
 
 def test_an_order_that_the_template_does_not_take_is_refused_in_its_words(
@@ -181,14 +173,14 @@ def test_an_order_that_the_template_does_not_take_is_refused_in_its_words(
     assert template.encode(strict, talk("hi", "yes")).ids
     for messages in (FREE[1:4], FREE[2:5]):
         with pytest.raises(Refused, match=r"refuses this conversation: roles must alternate") as caught:
-            template.encode(strict, chat(messages, "rows.jsonl:7"))
-        assert (caught.value.where, caught.value.http_code) == ("rows.jsonl:7", 400)
+            template.prompt_ids(strict, conversation(messages, "request"))
+        assert caught.value.http_code == 400
     heard = CHATML.replace("{{'<|im_start|>'", "{% if message['role'] != 'system' %}{{'<|im_start|>'", 1)
     heard = heard.replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
     deaf = with_template(tiny_base, tmp_path / "deaf", heard)
-    assert template.encode(deaf, chat(FREE[1:5], "rows.jsonl:7")).ids
+    assert template.prompt_ids(deaf, conversation(FREE[1:5], "request"))
     with pytest.raises(Refused, match="leaves out message 5, the system's"):
-        template.encode(deaf, chat(FREE[1:], "rows.jsonl:7"))
+        template.prompt_ids(deaf, conversation(FREE[1:], "request"))
 
 
 def test_a_hostile_template_is_a_named_error_with_the_rows_place(tiny_base: Path, tmp_path: Path) -> None:

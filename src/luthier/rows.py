@@ -2,12 +2,12 @@
 a prompt with two answers, of which one was preferred; a `Prompt` is a question alone, with what a grader
 needs to judge answers to it.
 
-Sources: the `messages` form of chat fine-tuning files (roles in any order that the model's template can
-write, and after an assistant's `tool_calls` the tools' answers;
-https://platform.openai.com/docs/guides/function-calling), with `tools` beside them and a `weight` of 0 on
-answers that are not to be learnt; for pairs the prompt, chosen and rejected of Rafailov et al. 2023
-(arXiv 2305.18290), section 3; for prompts the lines of OpenAI's reinforcement fine-tuning, whose fields
-beside `messages` a grader reads as `item`.
+Sources: the `messages` form of chat fine-tuning files (system?, then user and assistant in turn, and after
+an assistant's `tool_calls` the tools' answers; https://platform.openai.com/docs/guides/function-calling),
+with `tools` beside them and a `weight` of 0 on answers that are not to be learnt; for pairs the prompt,
+chosen and rejected of Rafailov et al. 2023 (arXiv 2305.18290), section 3; for prompts the lines of OpenAI's
+reinforcement fine-tuning, whose fields beside `messages` a grader reads as `item`. Who only asks may speak in
+any order that the model's template can write.
 This module does not know tokens, templates, files or tensors.
 """
 
@@ -175,16 +175,14 @@ def _offered(tools: Tools) -> dict[str, object]:
 
 def chat(messages: object, where: str, tools: object = None) -> Chat:
     """Read a row of messages; raise `DataError` naming `where` if the turns are not a conversation."""
-    turns = conversation(messages, where)
+    turns = in_turn(messages, where)
     if turns[-1].role is not Role.ASSISTANT:
         raise DataError(
             f"the last turn is {turns[-1].role.value!r}; a training row must end with the assistant's answer",
             where=where,
             hint="add the assistant's reply as the last message",
         )
-    if len(turns) == 1:
-        raise DataError("nothing stands before the assistant's answer, so nothing asks for it", where=where)
-    if not any(turn.learnt for turn in turns[1:] if turn.role is Role.ASSISTANT):
+    if not any(turn.learnt for turn in turns if turn.role is Role.ASSISTANT):
         raise DataError("every answer has a weight of 0, so nothing is learnt", where=where)
     offered = offers(tools, where)
     name = _named([dicts(turns), list(offered)] if offered else dicts(turns))
@@ -193,15 +191,13 @@ def chat(messages: object, where: str, tools: object = None) -> Chat:
 
 def pair(prompt: object, chosen: object, rejected: object, where: str, tools: object = None) -> Pair:
     """Read a preference; both sides must be conversations that end with the assistant, and differ."""
-    asked = conversation(prompt, f"{where}, prompt")
+    asked = in_turn(prompt, f"{where}, prompt")
     if asked[-1].role is Role.ASSISTANT:
         raise DataError("the prompt ends with 'assistant', expected 'user'", where=where)
     sides = []
     for name, said in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(said, Sequence) or isinstance(said, str | bytes) or not said:
             raise DataError(f"the {name} answer must be a non-empty list of messages", where=where)
-        if isinstance(said[0], Mapping) and said[0].get("role") != Role.ASSISTANT:
-            raise DataError(f"the {name} answer must begin with the assistant's turn", where=where)
         whole = chat([*dicts(asked), *said], f"{where}, {name}").messages
         sides.append(whole[len(asked) :])
     if sides[0] == sides[1]:
@@ -213,7 +209,7 @@ def pair(prompt: object, chosen: object, rejected: object, where: str, tools: ob
 
 def prompt(messages: object, item: Mapping[str, Any], where: str) -> Prompt:
     """Read a question and its fields; raise `DataError` naming `where` if the last turn is not the user's."""
-    turns = conversation(messages, where)
+    turns = in_turn(messages, where)
     if turns[-1].role is Role.ASSISTANT:
         raise DataError(
             f"the last turn is {turns[-1].role.value!r}; a prompt must end with the user's question",
@@ -241,6 +237,25 @@ def again(record: Mapping[str, Any]) -> Row:
 def _named(content: object) -> str:
     text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def in_turn(messages: object, where: str) -> tuple[Message, ...]:
+    """A conversation to learn from: an optional system first, then user and assistant in turn. Rows in
+    another order are more often broken than meant, so they are refused and not learnt from."""
+    turns = conversation(messages, where)
+    first = turns[0].role is Role.SYSTEM
+    if len(turns) == first:
+        raise DataError("only a system message; a user turn must follow", where=where)
+    before = Role.ASSISTANT
+    for n, turn in enumerate(turns[first:], first + 1):
+        wanted = Role.USER if before is Role.ASSISTANT else Role.ASSISTANT
+        if turn.role not in (wanted, Role.TOOL):
+            raise DataError(
+                f"message {n} is {turn.role.value!r}, expected {wanted.value!r}", where=where,
+                hint="the order is: system (optional, first), then user and assistant in turn",
+            )  # fmt: skip
+        before = turn.role
+    return turns
 
 
 def conversation(messages: object, where: str) -> tuple[Message, ...]:

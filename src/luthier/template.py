@@ -2,10 +2,10 @@
 
 Source: the chat template inside the tokenizer's own folder (Jinja, rendered in transformers' sandbox).
 What is learnt of a row is every answer of the assistant up to and including the stop token, and nothing
-after it; not a greeting before which nothing stands, for a server is never asked for it. Whose turn follows
-whose is for the template to say: what it refuses is refused in its words, and so is a later system message
-that it would leave out. The prompt that serving would send for each answer must be the first tokens of the
-training row, or the model would be asked something other than what it was taught.
+after it. The prompt that serving would send for each answer must be the first tokens of the training row, or
+the model would be asked something other than what it was taught. Whose turn follows whose in a request is for
+the template to say: what it refuses is refused in its words, and so is a later system message that it would
+leave out.
 
 Text that merely spells a control token (`<|im_start|>` inside a user's message, a tool's name, arguments,
 description or result) is tokenised as ordinary letters, in training and in serving alike, so content can
@@ -162,8 +162,8 @@ def check(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _answers(chat: Chat) -> list[int]:
     """The numbers of the messages to learn."""
-    found, first = enumerate(chat.messages), max(1, chat.given)
-    return [n for n, said in found if said.role is Role.ASSISTANT and said.learnt and n >= first]
+    found = enumerate(chat.messages)
+    return [n for n, said in found if said.role is Role.ASSISTANT and said.learnt and n >= chat.given]
 
 
 def _masked(

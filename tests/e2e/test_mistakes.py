@@ -50,12 +50,12 @@ def test_a_malformed_line_is_named_by_file_and_line(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("turns", "word"),
     [
-        (["assistant"], "before"),
-        (["user", "assistant", "user"], "assistant"),
+        (["assistant", "user", "assistant"], "user"),
+        (["user", "user", "assistant"], "assistant"),
         (["user"], "assistant"),
     ],
 )
-def test_a_missing_question_and_a_missing_answer_are_named(recipe: Path, turns: list[str], word: str) -> None:
+def test_wrong_role_order_and_a_missing_answer_are_named(recipe: Path, turns: list[str], word: str) -> None:
     row = {"messages": [{"role": role, "content": "x"} for role in turns]}
     (recipe.parent / "rows.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
 

@@ -196,13 +196,11 @@ def test_tools_weights_and_developers_are_carried_into_rows() -> None:
         examine.as_row(record | {"functions": [{"name": "f"}]}, Kind.CHAT, "line 1")
 
 
-def test_turns_of_one_role_in_a_row_are_carried_into_rows_as_they_stand() -> None:
-    turns = twice()
-    turns = [turns[0], *turns, {"role": "system", "content": "now be short"}, *turns[:2]]
-    row = examine.as_row({"messages": turns}, Kind.CHAT, "line 1")
-    assert row == {"messages": turns} and rows.chat(turns, "again").answer == turns[-1]["content"]
-    with pytest.raises(DataError, match="must end with the assistant"):
-        examine.as_row({"messages": turns[:-1]}, Kind.CHAT, "line 1")
+def test_turns_out_of_order_are_refused_with_their_line() -> None:
+    turns = [{"role": role, "content": "x"} for role in ("user", "user", "assistant")]
+    with pytest.raises(DataError, match="message 2 is 'user', expected 'assistant'") as caught:
+        examine.as_row({"messages": turns}, Kind.CHAT, "line 7")
+    assert caught.value.where == "line 7"
 
 
 def test_preferences_become_pairs() -> None:
