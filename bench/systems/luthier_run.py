@@ -72,7 +72,10 @@ def untiled_scores(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int, 
 
 def formulas(ideas: Ideas) -> Any:
     found = native.kernels(ideas.compiled and native.can_compile())
-    return found if ideas.own_products else replace(found, total=PLAIN.total)
+    if ideas.own_products:
+        return found
+    products = {name: getattr(PLAIN, name) for name in ("total", "against", "mixed", "collected")}
+    return replace(found, **products)
 
 
 def prepare(job: Job, ideas: Ideas) -> Any:

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class _Attention(torch.autograd.Function):
             for block in group.blocks:
                 near = slice(0, block[1])
                 weights = _weights(_queries(q, group, block), (k[:, near], k_far), (group, block), how)
-                part = _mixed(weights, v[:, near], v_far)
+                part = _mixed(weights, v[:, near], v_far, _sight(group, block, how))
                 mixed = _put(mixed, part, group, block)
             if group.short:
                 kept.append(weights)
@@ -184,10 +184,10 @@ class _Attention(torch.autograd.Function):
 
 
 def _group_backward(
-    held: Sequence[Tensor], far: KeysValues | tuple[None, None], grad: Tensor, at: tuple[Group, How]
+    held: Sequence[Tensor], far: KeysValues | tuple[None, None], grad: Tensor, whose: tuple[Group, How]
 ) -> tuple[list[Tensor], list[KeysValues]]:
     """The gradients of a group's queries, keys and values, and what its path is owed."""
-    (q, k, v, *weighed), (k_far, v_far), (group, how) = held, far, at
+    (q, k, v, *weighed), (k_far, v_far), (group, how) = held, far, whose
     whole = len(group.blocks) == 1
     q_grad = torch.empty_like(q)
     # Several blocks add to one key, so they do it in float32.
@@ -197,11 +197,12 @@ def _group_backward(
         near = slice(0, block[1])
         q_part, grad_part = (_queries(x, group, block) for x in (q, grad))
         weights = weighed[0] if weighed else _weights(q_part, (k[:, near], k_far), (group, block), how)
-        v_part, v_owed = _collected(weights, grad_part, v_far)
-        against = _against(grad_part, v[:, near], v_far)
-        slope = how.formulas.soften_backward(against, weights, _seen(group, block, how), how.scale)
-        k_part, k_owed = _collected(slope, q_part, k_far)
-        q_grad = _put(q_grad, _mixed(slope, k[:, near], k_far), group, block)
+        at = _sight(group, block, how)
+        v_part, v_owed = _collected(weights, grad_part, v_far, at)
+        against = _against(grad_part, v[:, near], v_far, at)
+        slope = how.formulas.soften_backward(against, weights, at.seen, how.scale)
+        k_part, k_owed = _collected(slope, q_part, k_far, at)
+        q_grad = _put(q_grad, _mixed(slope, k[:, near], k_far, at), group, block)
         if whole:
             k_grad, v_grad = k_part, v_part
         else:
@@ -261,27 +262,29 @@ def _owe(owed: dict[int, KeysValues], laid: Sequence[KeysValues], group: Group, 
         begin += length
 
 
-def _against(x: Tensor, near: Tensor, far: Tensor | None) -> Tensor:
+def _against(x: Tensor, near: Tensor, far: Tensor | None, at: Sight) -> Tensor:
     """x · (far, near)ᵀ: of each query with the path, which all documents share, and with its own document."""
-    own = torch.bmm(x, near.transpose(1, 2))
     if far is None:
+        own: Tensor = at.formulas.against(x, near, at.seen)
         return own
-    return torch.cat((_apart(torch.bmm(_together(x, len(far)), far.transpose(1, 2)), x), own), dim=-1)
+    path = _apart(torch.bmm(_together(x, len(far)), far.transpose(1, 2)), x)
+    return torch.cat((path, torch.bmm(x, near.transpose(1, 2))), dim=-1)
 
 
-def _mixed(weights: Tensor, near: Tensor, far: Tensor | None) -> Tensor:
+def _mixed(weights: Tensor, near: Tensor, far: Tensor | None, at: Sight) -> Tensor:
     """weights · (far, near)."""
     if far is None:
-        return torch.bmm(weights, near)
+        own: Tensor = at.formulas.mixed(weights, near, at.seen)
+        return own
     before = far.shape[1]
     path = torch.bmm(_together(weights[..., :before], len(far)), far)
     return torch.baddbmm(_apart(path, weights), weights[..., before:], near)
 
 
-def _collected(weights: Tensor, x: Tensor, far: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _collected(weights: Tensor, x: Tensor, far: Tensor | None, at: Sight) -> tuple[Tensor, Tensor | None]:
     """weightsᵀ · x: for each document's own tokens, and for the path as a sum over its documents."""
     if far is None:
-        return torch.bmm(weights.transpose(1, 2), x), None
+        return at.formulas.collected(weights, x, at.seen), None
     before, kv_heads = far.shape[1], len(far)
     path = torch.bmm(_together(weights[..., :before], kv_heads).transpose(1, 2), _together(x, kv_heads))
     return torch.bmm(weights[..., before:].transpose(1, 2), x), path
@@ -312,12 +315,20 @@ def _weights(
     q: Tensor, keys: tuple[Tensor, Tensor | None], at: tuple[Group, tuple[int, int]], how: How
 ) -> Tensor:
     """Attention probabilities (documents · K, heads per K · block, keys) in the number type of `q`."""
-    weights: Tensor = how.formulas.soften(_against(q, *keys), _seen(*at, how), how.scale)
+    sight = _sight(*at, how)
+    weights: Tensor = how.formulas.soften(_against(q, *keys, sight), sight.seen, how.scale)
     return weights
 
 
-def _seen(group: Group, block: tuple[int, int], how: How) -> Seen:
-    return Seen(block[1] - block[0], group.before + block[0], how.window)
+class Sight(NamedTuple):
+    """What the queries of a block see, and the formulas for it."""
+
+    formulas: Kernels
+    seen: Seen
+
+
+def _sight(group: Group, block: tuple[int, int], how: How) -> Sight:
+    return Sight(how.formulas, Seen(block[1] - block[0], group.before + block[0], how.window))
 
 
 def _stacked(x_PHE: Tensor, group: Group, kv_heads: int) -> Tensor:
