@@ -99,14 +99,18 @@ def test_a_full_disk_loses_lines_but_no_line_is_torn(tmp_path: Path, monkeypatch
     assert kept.lost == 1 and not kept.failing
 
 
-def test_a_request_nested_too_deep_loses_its_line_and_the_next_is_written(tmp_path: Path) -> None:
-    deep = page("deep")
-    deep.asked = b'{"prompt": ' + b"[" * 800 + b"]" * 800 + b"}"
+@pytest.mark.parametrize(
+    "more", ["[" * 800 + "]" * 800, "9" * 5000, "NaN", '{"a": ' * 3000 + "1" + "}" * 3000]
+)
+def test_no_request_is_kept_out_by_the_way_it_is_written(tmp_path: Path, more: str) -> None:
+    hostile = page("said")
+    hostile.asked = f'{{"prompt": "secret lt-{"A" * 43}", "metadata": {more}}}'.encode()
     with Transcript(tmp_path) as kept:
-        kept.keep(deep, record())
-        kept.keep(page("after"), record(tenant="other"))
-    assert [(line["tenant"], line["request"]["prompt"]) for line in lines(kept.path)] == [("other", "after")]
-    assert kept.lost == 1 and not kept.failing
+        kept.keep(hostile, record())
+        kept.keep(page("after"), record())
+    first, second = lines(kept.path)
+    assert first["request"].startswith('{"prompt": "secret lt-…", "metadata": ')
+    assert second["request"]["prompt"] == "after" and kept.lost == 0
 
 
 def test_where_it_cannot_write_the_server_does_not_start(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Transcript:
             try:
                 self._write(self._line(page, record))
                 self.failing = False
-            except (OSError, ValueError, RecursionError):  # the last: nested too deep to be told
+            except OSError:
                 self.lost += 1
                 if not self.failing:  # once, not for every request that follows
                     log.exception("prompts cannot be logged")
@@ -127,17 +127,28 @@ class Transcript:
                 self._waiting_bytes -= page.size
 
     def _line(self, page: Page, record: RequestRecord) -> bytes:
+        """Nobody keeps a request out by writing it so that we cannot: then it is told as it came."""
+        try:
+            return self._written(page, record, json.loads(page.asked))
+        except (
+            ValueError,
+            RecursionError,
+        ):  # numbers of thousands of digits, or that are none; nested too deep
+            return self._written(page, record, page.asked.decode("utf-8", "replace"))
+
+    def _written(self, page: Page, record: RequestRecord, asked: Any) -> bytes:
         line = {
             "at": record.at, "id": page.id, "path": page.path, "tenant": record.tenant, "key": record.key_id,
             "model": record.model, "release": record.release, "status": record.status, "error": record.error,
             "prompt_tokens": record.prompt_tokens, "completion_tokens": record.completion_tokens,
-            "total_s": round(record.total_s, 4), "request": json.loads(page.asked),
+            "total_s": round(record.total_s, 4), "request": asked,
             "answers": [
                 {"text": "".join(texts), "finish_reason": page.reasons.get(at)}
                 for at, texts in sorted(page.texts.items())
             ],
         }  # fmt: skip
-        return json.dumps(self._hidden(line), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        text = json.dumps(self._hidden(line), ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-8", "backslashreplace") + b"\n"
 
     def _hidden(self, value: Any) -> Any:
         if isinstance(value, str):
