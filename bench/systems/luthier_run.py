@@ -3,6 +3,7 @@
 The variant `full` is what the train stage runs: packed micro-batches, fused layers, compiled formulas, own
 attention, tiled head. Every other variant undoes one of them and leaves the rest:
 
+    flat         packed as ever, but what rows begin with alike is computed for each of them
     padded       each micro-batch is 8 rows, padded to the longest of them
     plain-layers PEFT's and transformers' own layers, not `engine.fused`
     uncompiled   the fused layers' formulas as they stand
@@ -43,6 +44,7 @@ class Ideas:
     """What is switched on."""
 
     packed: bool = True
+    shared: bool = True
     fused: bool = True
     compiled: bool = True
     own_attention: bool = True
@@ -53,6 +55,7 @@ class Ideas:
 
 VARIANTS = {
     "full": Ideas(),
+    "flat": Ideas(shared=False),
     "padded": Ideas(packed=False),
     "plain-layers": Ideas(fused=False),
     "uncompiled": Ideas(compiled=False),
@@ -122,6 +125,12 @@ def padded(rows: list[Encoded]) -> tuple[Batch, ...]:
     return tuple(micros)
 
 
+def flat(rows: list[Encoded]) -> tuple[Batch, ...]:
+    """Micro-batches of the same budget in which nothing is shared."""
+    packed = batch.pack([len(row.ids) for row in rows], MICRO_TOKENS)
+    return tuple(batch.collate([rows[number] for number in members], block=0) for members in packed)
+
+
 def main() -> None:
     job = Job.given()
     ideas = VARIANTS[job.variant]
@@ -137,7 +146,9 @@ def main() -> None:
 
     def micros(step: int) -> tuple[Batch, ...]:
         some = rows[(step - 1) * job.batch : step * job.batch]
-        return batch.micro_batches(some, MICRO_TOKENS) if ideas.packed else padded(some)
+        if not ideas.packed:
+            return padded(some)
+        return batch.micro_batches(some, MICRO_TOKENS) if ideas.shared else flat(some)
 
     def objective(policy: Any, reference: Any, micro: Batch) -> Any:
         return sft.loss(policy, reference, micro, sft.Params())
