@@ -43,7 +43,15 @@ ABLATIONS = {
     "luthier": RIVALS["luthier"],
     **{
         f"luthier-{variant}": ("luthier", "luthier_run.py", variant)
-        for variant in ("flat", "padded", "plain-layers", "uncompiled", "sdpa", "torch-products", "whole-head")
+        for variant in (
+            "flat",
+            "padded",
+            "plain-layers",
+            "uncompiled",
+            "sdpa",
+            "torch-products",
+            "whole-head",
+        )
     },
 }
 GROUPS = {"rivals": RIVALS, "ablations": ABLATIONS, "all": RIVALS | ABLATIONS}
