@@ -10,7 +10,7 @@ import pytest
 
 from luthier.store import Store
 from tests.http.running import Client, body, threaded
-from tests.http.test_chat import until
+from tests.http.test_chat import gauge, until
 from tests.serving.make_home import PROMPTS, World, copy_home
 
 SECRET = "who asks for this is named nowhere"
@@ -38,6 +38,7 @@ def test_by_default_no_file_of_the_home_holds_a_prompt(own: World) -> None:
 def test_every_answered_request_is_one_line_and_the_rest_is_none(own: World) -> None:
     with threaded(own.store, own.home, log_prompts=True) as client, client.open() as http:
         assert http.get("/health").json() == {"status": "ok", "prompt_log": "on"}
+        assert gauge(client, "luthier_prompt_log_lost") == 0
         whole = client.ask(body(PROMPTS[0], max_tokens=8, n=2, temperature=1, seed=3))
         with http.stream(
             "POST", "/v1/chat/completions", json=body(PROMPTS[1], max_tokens=8, stream=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import takewhile
 
 from pydantic import Field
 
@@ -68,7 +67,7 @@ def _shots(rows: Sequence[Chat], count: int, draw: random.Random) -> tuple[Chat,
 
 
 def _asked(row: Chat, prompt: str | None, shots: Sequence[Chat]) -> list[Message]:
-    own = list(takewhile(lambda message: message.role is Role.SYSTEM, row.prompt))
+    own = [message for message in row.prompt if message.role is Role.SYSTEM]
     system = own if prompt is None else [Message(Role.SYSTEM, prompt)]
     worked = [message for shot in shots for message in shot.messages if message.role is not Role.SYSTEM]
-    return [*system, *worked, *row.prompt[len(own) :]]
+    return [*system, *worked, *(message for message in row.prompt if message.role is not Role.SYSTEM)]

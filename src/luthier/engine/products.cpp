@@ -1,7 +1,7 @@
 // Sums of products of bfloat16 matrices, C = X W + Y V, and attention's, for a CPU that multiplies bfloat16 (AVX-512).
 //
 // Sources: panels of the right factor packed as they are multiplied, as in GotoBLAS (Goto & van de Geijn 2008, ACM
-// TOMS 34(3)); registers and threads as in tiles.h. A panel is packed when it is needed and thrown away, so weights
+// TOMS 34(3)); registers as in tiles.h. A panel is packed when it is needed and thrown away, so weights
 // lie in memory once, and either way round. Sums are float32 in one order, whatever the number of threads: each of the
 // two products from its first pair to its last, then one and the other.
 //
@@ -54,29 +54,27 @@ void pack(const Factors& of, long first, long columns, bf16* to) {
     }
 }
 
-// Two tiles of columns for rows first ... last.
-void unit(const Job& job, long tile, long first, long last, std::vector<bf16>& room) {
-    const long column = tile * TILE, tiles = job.columns - column > TILE ? 2 : 1;
-    const bf16* panel[2];
-    long apart[2], pairs[2];
-    size_t size = 0;
-    for (long f = 0; f < job.count; ++f) {
-        pairs[f] = (job.factors[f].depth + 1) / 2;
-        apart[f] = pairs[f] * 2 * TILE;
-        size += 2 * apart[f];
-    }
-    room.resize(size + 32);
+// One or two tiles of columns, one behind the other.
+bf16* packed(const Factors& of, long column, long columns, long tiles, std::vector<bf16>& room) {
+    const long apart = (of.depth + 1) / 2 * 2 * TILE;
+    room.resize(tiles * apart + 32);
     bf16* to = (bf16*)((uintptr_t(room.data()) + 63) & ~uintptr_t(63));
-    for (long f = 0; f < job.count; ++f) {
-        panel[f] = to;
-        for (long i = 0; i < tiles; ++i, to += apart[f]) pack(job.factors[f], column + i * TILE, job.columns, to);
-    }
+    for (long i = 0; i < tiles; ++i) pack(of, column + i * TILE, columns, to + i * apart);
+    return to;
+}
+
+// Two tiles of columns for rows first ... last.
+void unit(const Job& job, long column, long first, long last, std::vector<bf16>* rooms) {
+    const long tiles = job.columns - column > TILE ? 2 : 1;
+    const bf16* panel[2];
+    for (long f = 0; f < job.count; ++f) panel[f] = packed(job.factors[f], column, job.columns, tiles, rooms[f]);
     alignas(64) float sum[2][2 * ROWS * TILE];
     for (long row = first; row < last; row += ROWS) {
         const long rows = last - row < ROWS ? last - row : ROWS;
         for (long f = 0; f < job.count; ++f) {
             const Factors& of = job.factors[f];
-            some(tiles, panel[f], apart[f], of.x + row * of.x_row, of.x_row, rows, pairs[f], sum[f]);
+            const long pairs = (of.depth + 1) / 2;
+            some(tiles, panel[f], pairs * 2 * TILE, of.x + row * of.x_row, of.x_row, rows, pairs, sum[f]);
         }
         for (long i = 0; i < tiles; ++i) {
             const long left = job.columns - column - i * TILE;
@@ -104,19 +102,11 @@ struct Causal {  // `count` matrices like the first, `x_apart`, `w_apart` apart
     }
 };
 
-// 12 rows, or fewer, with zeros behind an odd number of them.
+// Rows, 12 at most, with zeros behind an odd number of them.
 inline const bf16* even(const bf16* x, long stride, long rows, long depth, std::vector<bf16>& room) {
     room.assign(rows * (depth + 1), 0);
     for (long r = 0; r < rows; ++r) std::memcpy(room.data() + r * (depth + 1), x + r * stride, depth * sizeof(bf16));
     return room.data();
-}
-
-bf16* packed(const Factors& of, long column, long columns, long tiles, std::vector<bf16>& room) {
-    const long apart = (of.depth + 1) / 2 * 2 * TILE;
-    room.resize(tiles * apart + 32);
-    bf16* to = (bf16*)((uintptr_t(room.data()) + 63) & ~uintptr_t(63));
-    for (long i = 0; i < tiles; ++i) pack(of, column + i * TILE, columns, to + i * apart);
-    return to;
 }
 
 // X W for rows first ... last of matrix n and two tiles of columns. What no row sees is left out: where columns are
@@ -225,21 +215,18 @@ void products_collected(const Causal* job) {
 long products_has() { return 1; }
 
 void products_total(const Job* job) {
-    const long tiles = (job->columns + TILE - 1) / TILE, units = (tiles + 1) / 2;
-    Team team;
-    team.size = omp_get_max_threads();
-#pragma omp parallel num_threads(team.size)
+    const long units = (job->columns + 2 * TILE - 1) / (2 * TILE);
+    const long wanted = (4 * omp_get_max_threads() + units - 1) / units;  // pieces of the rows, where columns are few
+    const long most = (job->rows + 8 * ROWS - 1) / (8 * ROWS), pieces = wanted < most ? wanted : most;
+    const long each = ((job->rows + pieces - 1) / pieces + ROWS - 1) / ROWS * ROWS;
+#pragma omp parallel
     {
-        std::vector<bf16> room;
-#pragma omp single
-        team.size = omp_get_num_threads();
-        const long wanted = (4 * team.size + units - 1) / units;  // pieces of the rows, where columns are few
-        const long most = (job->rows + 8 * ROWS - 1) / (8 * ROWS), pieces = wanted < most ? wanted : most;
-        const long each = ((job->rows + pieces - 1) / pieces + ROWS - 1) / ROWS * ROWS;
-        team.share(units * pieces, [&](long number) {
+        std::vector<bf16> rooms[2];
+#pragma omp for schedule(dynamic)
+        for (long number = 0; number < units * pieces; ++number) {
             const long first = number % pieces * each, last = first + each < job->rows ? first + each : job->rows;
-            if (first < last) unit(*job, 2 * (number / pieces), first, last, room);
-        });
+            if (first < last) unit(*job, number / pieces * 2 * TILE, first, last, rooms);
+        }
     }
 }
 }

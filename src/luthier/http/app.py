@@ -44,7 +44,7 @@ def create_app(
     app = FastAPI(
         title="luthier", docs_url=None, redoc_url=None, redirect_slashes=False
     )  # the docs pages would load scripts from afar
-    meter, logged = Meter(service), Sparing(REFUSALS)
+    meter, logged = Meter(service, transcript), Sparing(REFUSALS)
     app.state.transcript = transcript
 
     def full(who: Caller) -> LuthierError | None:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from luthier.errors import LuthierError
 from luthier.serving.engine_process import EngineProcess
 from luthier.serving.service import Service
+from luthier.serving.transcript import Transcript
 from luthier.store import RequestRecord
 
 LABELS = 50
@@ -21,7 +22,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Meter:
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, transcript: Transcript | None = None) -> None:
         self._registry = into = CollectorRegistry()
         mine = ["release"]
         self._requests = Counter("luthier_requests", "chat requests", [*mine, "status"], registry=into)
@@ -53,6 +54,8 @@ class Meter:
         self._gauge("luthier_blocks_found", "blocks not read again", lambda: worker.counts().found_blocks)
         self._gauge("luthier_blocks_filled", "blocks computed", lambda: worker.counts().filled_blocks)
         self._gauge("luthier_request_log_dropped", "records the log missed", lambda: journal.dropped)
+        if transcript is not None:
+            self._gauge("luthier_prompt_log_lost", "requests that log missed", lambda: transcript.lost)
 
     def _gauge(self, name: str, meaning: str, read: Callable[[], float]) -> None:
         Gauge(name, meaning, registry=self._registry).set_function(read)

@@ -127,13 +127,11 @@ class Transcript:
                 self._waiting_bytes -= page.size
 
     def _line(self, page: Page, record: RequestRecord) -> bytes:
-        """Nobody keeps a request out by writing it so that we cannot: then it is told as it came."""
+        """Nobody keeps a request out by writing it so that we cannot (numbers of thousands of digits, or that
+        are none; lists in lists without end): then it is told as it came."""
         try:
             return self._written(page, record, json.loads(page.asked))
-        except (
-            ValueError,
-            RecursionError,
-        ):  # numbers of thousands of digits, or that are none; nested too deep
+        except (ValueError, RecursionError):
             return self._written(page, record, page.asked.decode("utf-8", "replace"))
 
     def _written(self, page: Page, record: RequestRecord, asked: Any) -> bytes:
