@@ -18,7 +18,8 @@ from tests.engine.tiny_families import FAMILIES
 from tests.forecast.test_flops import adapted, rows
 
 STACKS = (
-    Stack(64, 128, (4, 4)), Stack(64, 64, (4,), False), Stack(64, 256, (4,)), Stack(128, 64, (), False),
+    Stack(64, 128, ((4, 64), (4, 32))), Stack(64, 64, ((4, 64),), False), Stack(64, 256, ((4, 128),)),
+    Stack(128, 64, (), False),
 )  # fmt: skip
 SHAPE = footprint.Shape(2, 64, 4, 2, 16, 128, 300, 100_000, 1000, 2, STACKS)
 

@@ -90,7 +90,7 @@ def _back(shape: Shape, at: Layout, first: bool) -> tuple[int, int, int]:
     sent = not first  # whether something below this stack has to hear of its gradient
     blocks = adapters = attention = 0
     for number, stack in enumerate(shape.stacks):
-        frozen, low = _products(stack, at.tokens)
+        frozen, _ = _products(stack, at.tokens)
         if number == 1 and sent:
             again = 0 if at.streamed else at.pairs - at.kept
             attention = 2 * shape.queries * (4 * at.pairs + again)
@@ -98,7 +98,8 @@ def _back(shape: Shape, at: Layout, first: bool) -> tuple[int, int, int]:
             sent = sent or any(each.rank for each in shape.stacks[2:])
         blocks += frozen if sent else 0
         if stack.rank:
-            adapters += 2 * low if sent else 2 * low - 2 * at.tokens * stack.rank * stack.inputs
+            own = 2 * at.tokens * stack.trained  # back, no block's zeros are multiplied
+            adapters += 2 * own if sent else 2 * own - 2 * at.tokens * stack.rank * stack.inputs
             sent = True
         elif not sent:
             continue

@@ -48,21 +48,26 @@ class Checkpointing(StrEnum):
 
 @dataclass(frozen=True)
 class Stack:
-    """Linear layers of one decoder layer that read the same input, and the ranks of their adapters."""
+    """Linear layers of one decoder layer that read the same input, and their adapters."""
 
     inputs: int
     outputs: int
-    ranks: tuple[int, ...] = ()
+    adapters: tuple[tuple[int, int], ...] = ()  # the rank of each, and the outputs of the layer it is at
     joined: bool = True  # of several layers, whose weights are copied into one tensor
 
     @property
     def rank(self) -> int:
-        return sum(self.ranks)
+        return sum(rank for rank, _ in self.adapters)
 
     @property
     def low(self) -> int:
         """Numbers in the stacked A's and the block diagonal of B's."""
         return self.rank * (self.inputs + self.outputs)
+
+    @property
+    def trained(self) -> int:
+        """Numbers in the A's and B's: `low` without the zeros beside the blocks."""
+        return sum(rank * (self.inputs + outputs) for rank, outputs in self.adapters)
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,9 @@ def _stacks(linears: Mapping[str, tuple[int, int, int]]) -> tuple[Stack, ...]:
             continue
         members = [key for key in linears if key.rsplit(".", 1)[-1] in names]
         joined.update(members)
-        ranks = tuple(rank for key in members if (rank := linears[key][2]))
-        found[leaf] = Stack(inputs, sum(linears[key][1] for key in members), ranks, len(members) > 1)
+        outputs = sum(linears[key][1] for key in members)
+        adapters = tuple((rank, out) for _, out, rank in (linears[key] for key in members) if rank)
+        found[leaf] = Stack(inputs, outputs, adapters, len(members) > 1)
     return tuple(found[name] for name in sorted(found, key=lambda name: RUN.get(name, len(RUN))))
 
 

@@ -56,7 +56,7 @@ def _smaller_rank(need: fit.Work, phase: Any, allowed: float) -> int | None:
 
     def fits(less: int) -> bool:
         stacks = tuple(
-            replace(stack, ranks=tuple(each * less // rank for each in stack.ranks))
+            replace(stack, adapters=tuple((each * less // rank, out) for each, out in stack.adapters))
             for stack in need.shape.stacks
         )
         shape = replace(need.shape, stacks=stacks, trainable=need.shape.trainable * less // rank)
