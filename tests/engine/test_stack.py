@@ -28,8 +28,18 @@ from luthier.errors import ModelError
 
 pytestmark = pytest.mark.skipif(
     not stack.has_stack() or "amx_bf16" in stack.native.cpu_flags(),
-    reason="layers in one call are for CPUs with AVX512-BF16 and without AMX",
+    reason="layers in one call are for CPUs with AVX2 or AVX512-BF16 and without AMX",
 )
+
+
+
+@pytest.fixture(autouse=True, params=["this CPU's instructions", "AVX2's"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "AVX2's":
+        if "avx512_bf16" not in stack.native.cpu_flags():
+            pytest.skip("AVX2's are this CPU's instructions")
+        monkeypatch.setattr(stack, "_library", lambda: stack.native.build(stack.SOURCE, "-mno-avx512f"))
+
 
 SMALL: dict[str, Any] = {
     "vocab_size": 112, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,

@@ -41,7 +41,7 @@ def test_where_int8_cannot_be_answered_with_it_is_said_before_anything_is_served
 
 @pytest.mark.skipif(
     not stack.has_stack() or "amx_bf16" in stack.native.cpu_flags(),
-    reason="weights in int8 are for CPUs with AVX512-BF16 and without AMX",
+    reason="weights in int8 are for CPUs with AVX2 or AVX512-BF16 and without AMX",
 )
 def test_releases_of_one_base_answer_each_with_the_weights_it_was_judged_with(tmp_path: Path) -> None:
     home = Home.at(tmp_path / "home")

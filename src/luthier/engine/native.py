@@ -59,14 +59,15 @@ def _library() -> ctypes.CDLL:
 
 
 @cache
-def build(source: Path) -> ctypes.CDLL:
-    """A C++ file beside this one, compiled for this very CPU; raises `TrainError` where that fails."""
+def build(source: Path, *more: str) -> ctypes.CDLL:
+    """A C++ file beside this one, compiled for this very CPU (with `more` flags); raises `TrainError` where
+    that fails."""
     with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
         built = Path(folder) / "native.so"
         flags = [flag for flag in FLAGS if "512" not in flag or "avx512f" in cpu_flags()]
         try:
             done = subprocess.run(
-                [COMPILER, *flags, "-o", str(built), str(source)], capture_output=True, text=True, check=False
+                [COMPILER, *flags, *more, "-o", str(built), str(source)], capture_output=True, text=True, check=False
             )
         except OSError as error:
             raise TrainError(f"this plan needs {COMPILER}: {error.strerror}", hint=_HINT) from error

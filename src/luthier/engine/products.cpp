@@ -8,11 +8,11 @@
 // It does not know layers or tensors: engine/native.py checks what it is given. A left factor's rows are read in pairs;
 // where the length is odd, what lies behind the last number of a row must be a number.
 
-#ifdef __AVX512BF16__
+#include "tiles.h"
+
+#if LANES == 512
 
 #include <omp.h>
-
-#include "tiles.h"
 
 namespace {
 
@@ -78,11 +78,10 @@ void unit(const Job& job, long column, long first, long last, std::vector<bf16>*
         }
         for (long i = 0; i < tiles; ++i) {
             const long left = job.columns - column - i * TILE;
-            const __mmask16 some = left < TILE ? __mmask16((1u << left) - 1) : __mmask16(0xffff);
             for (long r = 0; r < rows; ++r) {
                 __m512 all = _mm512_load_ps(sum[0] + (i * ROWS + r) * TILE);
                 if (job.count == 2) all = _mm512_add_ps(all, _mm512_load_ps(sum[1] + (i * ROWS + r) * TILE));
-                put(some, job.out + (row + r) * job.columns + column + i * TILE, all);
+                put(left, job.out + (row + r) * job.columns + column + i * TILE, all);
             }
         }
     }
@@ -129,9 +128,8 @@ void attended(const Causal& job, long n, long column, long first, long last, std
         some(tiles, panel, pairs * 2 * TILE, x, odd ? of.depth + 1 : of.x_row, rows, deep, sum);
         for (long i = 0; i < tiles; ++i) {
             const long left = job.columns - column - i * TILE;
-            const __mmask16 some = left < TILE ? __mmask16((1u << left) - 1) : __mmask16(0xffff);
             for (long r = 0; r < rows; ++r)
-                put(some, out + (row + r) * job.columns + column + i * TILE,
+                put(left, out + (row + r) * job.columns + column + i * TILE,
                     _mm512_load_ps(sum + (i * ROWS + r) * TILE));
         }
     }

@@ -1,19 +1,20 @@
-// All layers of a Llama-like decoder in one call, for a CPU that multiplies bfloat16 (AVX-512): the tokens of a step go
-// in, their last hidden states come out, and their keys and values are in the cache. Weights are bfloat16, sums float32,
-// and what a layer hands on is rounded where transformers rounds it.
+// All layers of a Llama-like decoder in one call: the tokens of a step go in, their last hidden states come out, and
+// their keys and values are in the cache. Weights are bfloat16, sums float32, and what a layer hands on is rounded where
+// transformers rounds it.
 //
 // Sources: paged attention (Kwon et al. 2023, arXiv 2309.06180); rotary positions (Su et al. 2021, arXiv 2104.09864);
-// RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467); products and threads as in tiles.h.
+// RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467); products and threads as in
+// tiles.h.
 //
 // It does not know tensors, requests or which block is whose: engine/stack.py lays everything out.
 
-#ifdef __AVX512BF16__
+#include "tiles.h"
+
+#ifdef LANES
 
 #include <omp.h>
 
 #include <utility>
-
-#include "tiles.h"
 
 namespace {
 
@@ -41,27 +42,28 @@ struct Step {
 
 // ---- what stands between products ----------------------------------------------------------------------------
 
-inline void norm(const bf16* x, const bf16* weight, bf16* y, long width, float eps) {
-    __m512 sum = _mm512_setzero_ps();
-    for (long e = 0; e < width; e += 16) sum = _mm512_fmadd_ps(wide(x + e), wide(x + e), sum);
-    const __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / float(width) + eps));
-    for (long e = 0; e < width; e += 16) put(y + e, _mm512_mul_ps(_mm512_mul_ps(wide(x + e), scale), wide(weight + e)));
+template <class To>
+inline void norm(const Passed* x, const bf16* weight, To* y, long width, float eps) {
+    Lanes sum = zero();
+    for (long e = 0; e < width; e += TILE) sum = fused(wide(x + e), wide(x + e), sum);
+    const Lanes scale = all(1.0f / __builtin_sqrtf(sum_of(sum) / float(width) + eps));
+    for (long e = 0; e < width; e += TILE) put(y + e, times(times(wide(x + e), scale), wide(weight + e)));
 }
 
-inline void turn(bf16* x, const bf16* cosine, const bf16* sine, long turned) {  // rotary positions
+inline void turn(Passed* x, const bf16* cosine, const bf16* sine, long turned) {  // rotary positions
     const long half = turned / 2;
-    for (long i = 0; i < half; i += 16) {
-        const __mmask16 some = half - i < 16 ? __mmask16((1u << (half - i)) - 1) : __mmask16(0xffff);
-        const __m512 low = wide(some, x + i), high = wide(some, x + half + i);
-        const __m512 back = _mm512_mul_ps(high, wide(some, sine + i)), forth = _mm512_mul_ps(low, wide(some, sine + half + i));
-        put(some, x + i, _mm512_fmsub_ps(low, wide(some, cosine + i), back));
-        put(some, x + half + i, _mm512_fmadd_ps(high, wide(some, cosine + half + i), forth));
+    for (long i = 0; i < half; i += TILE) {
+        const long some = half - i;
+        const Lanes low = wide(some, x + i), high = wide(some, x + half + i);
+        const Lanes back = times(high, wide(some, sine + i)), forth = times(low, wide(some, sine + half + i));
+        put(some, x + i, fused_less(low, wide(some, cosine + i), back));
+        put(some, x + half + i, fused(high, wide(some, cosine + half + i), forth));
     }
 }
 
 // A token's queries and keys turned; its keys and values into their place. What lies behind the last token of a
 // sequence in its block is multiplied by zero, so it must be a number: whoever opens a block clears it.
-inline void keep(const Stack& stack, const Layer& layer, const Step& step, long token, bf16* qkv) {
+inline void keep(const Stack& stack, const Layer& layer, const Step& step, long token, Passed* qkv) {
     const long head = stack.head, block = step.places[token] / TILE, at = step.places[token] % TILE;
     const bf16 *cosine = stack.cosine + step.positions[token] * stack.turned, *sine = stack.sine + step.positions[token] * stack.turned;
     const bool before = token > 0 && step.lines[token - 1] == step.lines[token];
@@ -72,12 +74,12 @@ inline void keep(const Stack& stack, const Layer& layer, const Step& step, long 
         turn(qkv + h * head, cosine, sine, stack.turned);
     }
     for (long kv = 0; kv < stack.kv_heads; ++kv) {
-        const bf16 *key = qkv + (stack.heads + kv) * head, *value = key + stack.kv_heads * head;
+        const Passed *key = qkv + (stack.heads + kv) * head, *value = key + stack.kv_heads * head;
         bf16* keys = layer.keys + (block * stack.kv_heads + kv) * head * TILE + 2 * at;
-        for (long e = 0; e < head; e += 2) std::memcpy(keys + e * TILE, key + e, 4);
+        for (long e = 0; e < head; e += 2) keys[e * TILE] = kept(key[e]), keys[e * TILE + 1] = kept(key[e + 1]);
         bf16* values = layer.values + (block * stack.kv_heads + kv) * head * TILE;
         bf16* line = values + (at / 2) * 2 * head + at % 2;
-        for (long e = 0; e < head; ++e) line[2 * e] = value[e];
+        for (long e = 0; e < head; ++e) line[2 * e] = kept(value[e]);
         if (last && (before || at == 0)) {
             if (at % 2 == 0)
                 for (long e = 0; e < head; ++e) line[2 * e + 1] = 0;
@@ -86,46 +88,46 @@ inline void keep(const Stack& stack, const Layer& layer, const Step& step, long 
     }
 }
 
-struct Strip { long token, row, rows; };  // up to 12 (token, head) rows of one sequence, from its `token` on
+struct Strip { long token, row, rows; };  // up to ROWS (token, head) rows of one sequence, from its `token` on
 
 struct Scratch {
     std::vector<float> scores;
-    std::vector<bf16> asked, shares;
+    std::vector<Passed> asked, shares;
     std::vector<const bf16*> values;
 };
 
 // The mean of values under shares: COLUMNS tiles of 16 features for COUNT rows.
 template <int COLUMNS, int COUNT>
-inline void mix(const bf16* const* blocks, long count, long head, const bf16* shares, long stride, const float* whole, bf16* const* to) {
-    __m512 sum[COLUMNS][COUNT];
+inline void mix(const bf16* const* blocks, long count, long head, const Passed* shares, long stride, const float* whole, Passed* const* to) {
+    Lanes sum[COLUMNS][COUNT];
 #pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; ++c)
 #pragma GCC unroll 6
-        for (int r = 0; r < COUNT; ++r) sum[c][r] = _mm512_setzero_ps();
+        for (int r = 0; r < COUNT; ++r) sum[c][r] = zero();
     for (long b = 0; b < count; ++b)
-        for (long p = 0; p < TILE / 2; ++p) {
-            __m512bh value[COLUMNS];
+        for (long p = 0; p < TILE / 2; ++p)
+#pragma GCC unroll 2
+            for (int turn = 0; turn < TURNS; ++turn) {
+                Line value[COLUMNS];
 #pragma GCC unroll 4
-            for (int c = 0; c < COLUMNS; ++c) value[c] = (__m512bh)_mm512_loadu_si512(blocks[b] + p * 2 * head + c * 2 * TILE);
+                for (int c = 0; c < COLUMNS; ++c) value[c] = line_of(blocks[b] + p * 2 * head + c * 2 * TILE, turn);
 #pragma GCC unroll 6
-            for (int r = 0; r < COUNT; ++r) {
-                int32_t pair;
-                std::memcpy(&pair, shares + r * stride + b * TILE + 2 * p, 4);
-                const __m512bh in = (__m512bh)_mm512_set1_epi32(pair);
+                for (int r = 0; r < COUNT; ++r) {
+                    const Pair in = pair_of(shares + r * stride + b * TILE + 2 * p, turn);
 #pragma GCC unroll 4
-                for (int c = 0; c < COLUMNS; ++c) sum[c][r] = _mm512_dpbf16_ps(sum[c][r], value[c], in);
+                    for (int c = 0; c < COLUMNS; ++c) sum[c][r] = dot(sum[c][r], value[c], in);
+                }
             }
-        }
 #pragma GCC unroll 6
     for (int r = 0; r < COUNT; ++r)
 #pragma GCC unroll 4
-        for (int c = 0; c < COLUMNS; ++c) put(to[r] + c * TILE, _mm512_mul_ps(sum[c][r], _mm512_set1_ps(whole[r])));
+        for (int c = 0; c < COLUMNS; ++c) put(to[r] + c * TILE, times(sum[c][r], all(whole[r])));
 }
 
 template <int COLUMNS>
-inline void mixed(const bf16* const* blocks, long count, long head, const bf16* shares, long stride, const float* whole, bf16* const* to, long rows) {
+inline void mixed(const bf16* const* blocks, long count, long head, const Passed* shares, long stride, const float* whole, Passed* const* to, long rows) {
     for (long r = 0; r < rows;) {
-        const bf16* in = shares + r * stride;
+        const Passed* in = shares + r * stride;
         switch (rows - r) {
             case 5: case 4: mix<COLUMNS, 4>(blocks, count, head, in, stride, whole + r, to + r), r += 4; break;
             case 3: mix<COLUMNS, 3>(blocks, count, head, in, stride, whole + r, to + r), r += 3; break;
@@ -137,27 +139,23 @@ inline void mixed(const bf16* const* blocks, long count, long head, const bf16* 
 }
 
 // exp(score - largest) as bfloat16 over `count` places from `start` on, 0 outside low ... high; 1 / their sum.
-inline float soften(float* scores, bf16* shares, long start, long count, long low, long high, float scale) {
-    __m512 top = _mm512_set1_ps(-__builtin_inff());
-    const __m512 lanes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 from = _mm512_set1_ps(float(low)), until = _mm512_set1_ps(float(high));
-    const auto seen = [&](long k) {
-        const __m512 place = _mm512_add_ps(lanes, _mm512_set1_ps(float(start + k)));
-        return __mmask16(_mm512_cmp_ps_mask(place, from, _CMP_GE_OQ) & _mm512_cmp_ps_mask(place, until, _CMP_LT_OQ));
-    };
-    for (long k = 0; k < count; k += TILE) top = _mm512_mask_max_ps(top, seen(k), top, _mm512_load_ps(scores + k));
-    const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(top)), factor = _mm512_set1_ps(scale);
-    __m512 sum = _mm512_setzero_ps();
+inline float soften(float* scores, Passed* shares, long start, long count, long low, long high, float scale) {
+    alignas(64) static const float lanes[TILE] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Lanes from = all(float(low)), until = all(float(high)), never = all(-__builtin_inff());
+    const auto seen = [&](long k) { return within(plus(load(lanes), all(float(start + k))), from, until); };
+    Lanes top = never;
+    for (long k = 0; k < count; k += TILE) top = larger(top, either(seen(k), load(scores + k), never));
+    const Lanes largest = all(largest_of(top)), factor = all(scale);
+    Lanes sum = zero();
     for (long k = 0; k < count; k += TILE) {
-        const __m512 gap = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores + k), largest), factor);
-        const __m512 share = _mm512_maskz_mov_ps(seen(k), power(gap));
-        sum = _mm512_add_ps(sum, share);
+        const Lanes share = either(seen(k), power(times(minus(load(scores + k), largest), factor)), zero());
+        sum = plus(sum, share);
         put(shares + k, share);
     }
-    return 1.0f / _mm512_reduce_add_ps(sum);
+    return 1.0f / sum_of(sum);
 }
 
-void attend(const Stack& stack, const Layer& layer, const Step& step, const Strip& strip, long kv, const bf16* qkv, long stride, bf16* out, long apart, Scratch& own) {
+void attend(const Stack& stack, const Layer& layer, const Step& step, const Strip& strip, long kv, const Passed* qkv, long stride, Passed* out, long apart, Scratch& own) {
     const long group = stack.heads / stack.kv_heads, head = stack.head, rows = strip.rows;
     const auto token = [&](long r) { return strip.token + (strip.row + r) / group; };
     const auto feature = [&](long r) { return (kv * group + (strip.row + r) % group) * head; };
@@ -169,15 +167,15 @@ void attend(const Stack& stack, const Layer& layer, const Step& step, const Stri
     const int32_t* table = step.table + step.lines[strip.token] * step.stride;
     own.scores.resize(rows * wide + TILE), own.shares.resize(rows * wide), own.asked.resize(rows * head);
     float* scores = (float*)((uintptr_t(own.scores.data()) + 63) & ~uintptr_t(63));
-    for (long r = 0; r < rows; ++r) std::memcpy(own.asked.data() + r * head, qkv + token(r) * stride + feature(r), sizeof(bf16) * head);
+    for (long r = 0; r < rows; ++r) std::memcpy(own.asked.data() + r * head, qkv + token(r) * stride + feature(r), sizeof(Passed) * head);
     alignas(64) float found[ROWS * TILE];
     for (long b = 0; b < count; ++b) {
         const bf16* keys = layer.keys + (table[start + b] * stack.kv_heads + kv) * head * TILE;
         some<1>(keys, 0, own.asked.data(), head, rows, head / 2, found);
-        for (long r = 0; r < rows; ++r) _mm512_store_ps(scores + r * wide + b * TILE, _mm512_load_ps(found + r * TILE));
+        for (long r = 0; r < rows; ++r) store(scores + r * wide + b * TILE, load(found + r * TILE));
     }
     float whole[ROWS];
-    bf16* to[ROWS];
+    Passed* to[ROWS];
     for (long r = 0; r < rows; ++r) {
         const long seen = step.positions[token(r)] + 1;
         whole[r] = soften(scores + r * wide, own.shares.data() + r * wide, start * TILE, wide, low(r), seen, layer.scale);
@@ -187,10 +185,10 @@ void attend(const Stack& stack, const Layer& layer, const Step& step, const Stri
     values.resize(count);
     for (long b = 0; b < count; ++b) values[b] = layer.values + (table[start + b] * stack.kv_heads + kv) * head * TILE;
     long c = 0;
-    for (; c + 4 * TILE <= head; c += 4 * TILE) {
-        mixed<4>(values.data(), count, head, own.shares.data(), wide, whole, to, rows);
-        for (auto& value : values) value += 8 * TILE;
-        for (long r = 0; r < rows; ++r) to[r] += 4 * TILE;
+    for (; c + FEATURES * TILE <= head; c += FEATURES * TILE) {
+        mixed<FEATURES>(values.data(), count, head, own.shares.data(), wide, whole, to, rows);
+        for (auto& value : values) value += 2 * FEATURES * TILE;
+        for (long r = 0; r < rows; ++r) to[r] += FEATURES * TILE;
     }
     for (; c < head; c += TILE) {
         mixed<1>(values.data(), count, head, own.shares.data(), wide, whole, to, rows);
@@ -223,17 +221,17 @@ std::vector<Strip> strips_of(const Step& step, long group) {
 
 struct Room {  // what a step works in, kept from step to step; each row a little longer than it must be, so that
                // rows of a wide model do not fall on the same lines of a cache
-    std::vector<bf16> all;
-    bf16 *x, *y, *qkv, *heard, *lit, *z;
+    std::vector<Passed> space;
+    Passed *x, *y, *qkv, *heard, *lit, *z;
     long x_row, qkv_row, heard_row, lit_row;
 
     void open(const Stack& stack, long tokens) {
         const long extra = 32;
         x_row = stack.width + extra, qkv_row = (stack.heads + 2 * stack.kv_heads) * stack.head + extra;
         heard_row = stack.heads * stack.head + extra, lit_row = stack.hidden + extra;
-        all.resize(tokens * (2 * x_row + qkv_row + heard_row + lit_row + stack.low));
-        bf16* at = all.data();
-        for (auto [to, row] : {std::pair<bf16**, long>{&x, x_row}, {&y, x_row}, {&qkv, qkv_row}, {&heard, heard_row}, {&lit, lit_row}, {&z, stack.low}})
+        space.resize(tokens * (2 * x_row + qkv_row + heard_row + lit_row + stack.low));
+        Passed* at = space.data();
+        for (auto [to, row] : {std::pair<Passed**, long>{&x, x_row}, {&y, x_row}, {&qkv, qkv_row}, {&heard, heard_row}, {&lit, lit_row}, {&z, stack.low}})
             *to = at, at += tokens * row;
     }
 };
@@ -252,22 +250,22 @@ void run(const Stack& stack, const Step& step, bf16* out) {
         Scratch own;
 #pragma omp single
         team.size = omp_get_num_threads();
-        const auto reads = [&](const bf16* x, long row) { return Rows{x, row, step.tokens, step.slots, at.z, low}; };
+        const auto reads = [&](const Passed* x, long row) { return Rows{x, row, step.tokens, step.slots, at.z, low}; };
         const auto lowered = [&](const Linear& linear, const Rows& in) {
             if (step.slots) shrink(team, linear, pieces, most, in, at.z);
         };
         const auto add = [&](const Linear& linear, const Rows& in) {  // to the hidden states
             lowered(linear, in);
             team.share(pairs_of(linear), [&](long unit) {
-                product(linear, 2 * unit, in, [&](long token, __m512 first, __m512 second) {
-                    bf16* to = at.x + token * at.x_row + 2 * unit * TILE;
-                    put(to, _mm512_add_ps(rounded(first), wide(to)));
-                    if (2 * unit + 1 < linear.tiles) put(to + TILE, _mm512_add_ps(rounded(second), wide(to + TILE)));
+                product(linear, 2 * unit, in, [&](long token, Lanes first, Lanes second) {
+                    Passed* to = at.x + token * at.x_row + 2 * unit * TILE;
+                    put(to, plus(rounded(first), wide(to)));
+                    if (2 * unit + 1 < linear.tiles) put(to + TILE, plus(rounded(second), wide(to + TILE)));
                 });
             });
         };
         team.share(step.tokens, [&](long t) {
-            std::memcpy(at.x + t * at.x_row, stack.embed + step.ids[t] * stack.width, sizeof(bf16) * stack.width);
+            pass(stack.embed + step.ids[t] * stack.width, at.x + t * at.x_row, stack.width);
             norm(at.x + t * at.x_row, stack.layers[0].norm, at.y + t * at.x_row, stack.width, stack.eps);
         });
         for (long number = 0; number < stack.depth; ++number) {
@@ -275,8 +273,8 @@ void run(const Stack& stack, const Step& step, bf16* out) {
             const Rows before = reads(at.y, at.x_row), between = reads(at.heard, at.heard_row), behind = reads(at.lit, at.lit_row);
             lowered(layer.qkv, before);
             team.share(pairs_of(layer.qkv), [&](long unit) {
-                product(layer.qkv, 2 * unit, before, [&](long token, __m512 first, __m512 second) {
-                    bf16* to = at.qkv + token * at.qkv_row + 2 * unit * TILE;
+                product(layer.qkv, 2 * unit, before, [&](long token, Lanes first, Lanes second) {
+                    Passed* to = at.qkv + token * at.qkv_row + 2 * unit * TILE;
                     put(to, first);
                     if (2 * unit + 1 < layer.qkv.tiles) put(to + TILE, second);
                 });
@@ -289,17 +287,17 @@ void run(const Stack& stack, const Step& step, bf16* out) {
             team.share(step.tokens, [&](long t) { norm(at.x + t * at.x_row, layer.norm_mid, at.y + t * at.x_row, stack.width, stack.eps); });
             lowered(layer.both, before);
             team.share(pairs_of(layer.both), [&](long unit) {
-                product(layer.both, 2 * unit, before, [&](long token, __m512 gate, __m512 up) {
-                    const __m512 g = rounded(gate), one = _mm512_set1_ps(1.0f);
-                    const __m512 lit = _mm512_div_ps(g, _mm512_add_ps(one, power(_mm512_sub_ps(_mm512_setzero_ps(), g))));
-                    put(at.lit + token * at.lit_row + unit * TILE, _mm512_mul_ps(lit, rounded(up)));
+                product(layer.both, 2 * unit, before, [&](long token, Lanes gate, Lanes up) {
+                    const Lanes g = rounded(gate), lit = over(g, plus(all(1.0f), power(minus(zero(), g))));
+                    put(at.lit + token * at.lit_row + unit * TILE, times(lit, rounded(up)));
                 });
             });
             add(layer.down, behind);
             const bf16* weight = number + 1 < stack.depth ? stack.layers[number + 1].norm : stack.norm;
             team.share(step.tokens, [&](long t) {
-                bf16* to = number + 1 < stack.depth ? at.y + t * at.x_row : out + t * stack.width;
-                norm(at.x + t * at.x_row, weight, to, stack.width, stack.eps);
+                const Passed* x = at.x + t * at.x_row;
+                if (number + 1 < stack.depth) norm(x, weight, at.y + t * at.x_row, stack.width, stack.eps);
+                else norm(x, weight, out + t * stack.width, stack.width, stack.eps);
             });
         }
     }
@@ -316,15 +314,17 @@ void stack_hidden(const Stack* stack, const Step* step, bf16* out) { run(*stack,
 // Float32 logits (tokens, vocabulary) of hidden states that lie end to end.
 void stack_logits(const Linear* head, const bf16* x, long tokens, float* out) {
     Team team;
+    std::vector<Passed> rows(tokens * head->width);
+    pass(x, rows.data(), tokens * head->width);
 #pragma omp parallel
     {
 #pragma omp single
         team.size = omp_get_num_threads();
         team.share(pairs_of(*head), [&](long unit) {
-            product(*head, 2 * unit, {x, head->width, tokens, nullptr, nullptr, 0}, [&](long token, __m512 first, __m512 second) {
+            product(*head, 2 * unit, {rows.data(), head->width, tokens, nullptr, nullptr, 0}, [&](long token, Lanes first, Lanes second) {
                 float* to = out + token * head->tiles * TILE + 2 * unit * TILE;
-                _mm512_storeu_ps(to, first);
-                if (2 * unit + 1 < head->tiles) _mm512_storeu_ps(to + TILE, second);
+                store(to, first);
+                if (2 * unit + 1 < head->tiles) store(to + TILE, second);
             });
         });
     }

@@ -1,4 +1,4 @@
-"""A decoder's layers as one C++ call: for the common families, in bfloat16, on a CPU that multiplies it.
+"""A decoder's layers as one C++ call: for the common families, in bfloat16, on a CPU with AVX2 or AVX512-BF16.
 
 `stack.cpp` beside this file does the work; here a model of transformers is laid out for it: weights in tiles
 in the place of the model's own, adapters in tiles by their slot, rotary tables, a cache of keys and values.
@@ -89,7 +89,7 @@ def takes(model: Any) -> bool:
 
 @cache
 def has_stack() -> bool:
-    """Whether the C++ is here, and this CPU multiplies bfloat16."""
+    """Whether the C++ is here, and knows this CPU's instructions (`lanes.h`)."""
     return native.can_compile() and bool(_library().stack_has())
 
 
@@ -212,7 +212,7 @@ def ready(model: Any, blocks: int, slots: int, int8: bool = False) -> Answering 
         return Stack(model, blocks, slots, int8)
     if int8:
         raise ModelError(
-            "weights in int8 answer on CPUs with AVX512-BF16 (and without AMX), for bfloat16 bases of the "
+            "weights in int8 answer on CPUs with AVX2 or AVX512-BF16 (and no AMX), for bfloat16 bases of the "
             f"families {', '.join(sorted(FAMILIES))}: this base or this machine is another",
             hint="release with `weights: trained`",
         )

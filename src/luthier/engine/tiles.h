@@ -1,29 +1,28 @@
-// bfloat16 in tiles: numbers, threads that share a step, and products of its tokens with weights and adapters.
+// bfloat16 in tiles: threads that share a step, and products of its tokens with weights and adapters.
 //
 // Sources: weights laid out as they are multiplied, as in GotoBLAS (Goto & van de Geijn 2008, ACM TOMS 34(3)); LoRA
-// (Hu et al. 2021, arXiv 2106.09685), many adapters in one product as in Punica (Chen et al. 2023, arXiv 2310.18547);
-// the exponential as in native.cpp. Every sum is taken in one order whatever the number of threads and of tokens, so a
-// token's bits do not depend on who shares the step. Threads take the next piece of work as they come: one that the
-// system holds up holds up no more than its piece.
+// (Hu et al. 2021, arXiv 2106.09685), many adapters in one product as in Punica (Chen et al. 2023, arXiv 2310.18547).
+// Every sum is taken in one order whatever the number of threads and of tokens, so a token's bits do not depend on who
+// shares the step. Threads take the next piece of work as they come: one that the system holds up holds up no more than
+// its piece.
 //
-// It does not know layers, or how tensors become tiles: stack.cpp and stack.py do. For CPUs with AVX512-BF16 only.
+// It does not know layers, or how tensors become tiles: stack.cpp and stack.py do; nor what a CPU calls its
+// instructions: lanes.h does.
 
 #pragma once
 
-#include <immintrin.h>
+#include "lanes.h"
+
+#ifdef LANES
+
 #include <sched.h>
 
 #include <atomic>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 namespace {
 
-using bf16 = uint16_t;
-
 constexpr long TILE = 16;   // outputs of a tile; keys of a block of the cache
-constexpr long ROWS = 12;   // tokens whose sums are held in registers, with two tiles
 constexpr long PIECE = 24;  // tokens of one adapter that one thread takes at a time
 constexpr long AHEAD = 4096;  // bytes: weights are asked for while those before them are multiplied; a CPU's own
                               // foresight ends with a page
@@ -39,27 +38,6 @@ struct Linear {            // layers that read the same input, as one
     const int64_t* lows;   // by slot: tiles of A
     int64_t width, tiles;
 };
-
-// ---- numbers -------------------------------------------------------------------------------------------------
-
-inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-inline __m512 wide(const bf16* x) { return wide(_mm256_loadu_si256((const __m256i*)x)); }
-inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-inline __m512 wide(__mmask16 some, const bf16* x) { return wide(_mm256_maskz_loadu_epi16(some, x)); }
-inline void put(__mmask16 some, bf16* to, __m512 x) { _mm256_mask_storeu_epi16(to, some, narrow(x)); }
-inline __m512 rounded(__m512 x) { return wide(narrow(x)); }
-inline void put(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, narrow(x)); }
-inline __m512 power(__m512 x) {  // e to the x
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
-    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
-    rest = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), rest);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-    for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(next));
-    y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(y, rest), rest, rest), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
-}
 
 // ---- threads -------------------------------------------------------------------------------------------------
 
@@ -87,53 +65,50 @@ struct Team {
 
 // ---- products ------------------------------------------------------------------------------------------------
 
-inline __m512bh line_of(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
-inline __m512bh line_of(const int8_t* w) {  // bfloat16 holds every int8
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w + 1)));
-    return _mm512_cvtne2ps_pbh(high, low);
-}
-
 // Sums of COUNT rows of x with TILES tiles, `pairs` pairs of numbers each; tiles lie `apart` from each other.
 template <int TILES, int COUNT, class W>
-inline void sums(const W* w, long apart, const bf16* x, long stride, long pairs, float* out) {
-    __m512 sum[TILES][COUNT];
+inline void sums(const W* w, long apart, const Passed* x, long stride, long pairs, float* out) {
+    Lanes sum[TILES][COUNT];
 #pragma GCC unroll 2
     for (int i = 0; i < TILES; ++i)
 #pragma GCC unroll 12
-        for (int r = 0; r < COUNT; ++r) sum[i][r] = _mm512_setzero_ps();
+        for (int r = 0; r < COUNT; ++r) sum[i][r] = zero();
     const char* at[3];
     for (int i = 0; i < 3; ++i) at[i] = (const char*)(x + 4 * i * stride);
-    const long one = stride * long(sizeof(bf16)), three = 3 * one;
-    for (long p = 0; p < pairs; ++p) {
-        __m512bh row[TILES];
+    const long one = stride * long(sizeof(Passed)), three = 3 * one;
+    for (long p = 0; p < pairs; ++p)
 #pragma GCC unroll 2
-        for (int i = 0; i < TILES; ++i) {
-            const W* line = w + i * apart + p * 2 * TILE;
-            row[i] = line_of(line);
-            _mm_prefetch((const char*)line + AHEAD, _MM_HINT_T1);
-        }
+        for (int turn = 0; turn < TURNS; ++turn) {
+            Line row[TILES];
+#pragma GCC unroll 2
+            for (int i = 0; i < TILES; ++i) {
+                const W* line = w + i * apart + p * 2 * TILE;
+                row[i] = line_of(line, turn);
+                if (!turn) _mm_prefetch((const char*)line + AHEAD, _MM_HINT_T1);
+            }
 #pragma GCC unroll 12
-        for (int r = 0; r < COUNT; ++r) {
-            int32_t pair;
-            const char* from = at[r / 4] + 4 * p + (r % 4 == 3 ? three : (r % 4) * one);
-            std::memcpy(&pair, from, 4);
-            const __m512bh in = (__m512bh)_mm512_set1_epi32(pair);
+            for (int r = 0; r < COUNT; ++r) {
+                const char* from = at[r / 4] + 2 * long(sizeof(Passed)) * p + (r % 4 == 3 ? three : (r % 4) * one);
+                const Pair in = pair_of((const Passed*)from, turn);
 #pragma GCC unroll 2
-            for (int i = 0; i < TILES; ++i) sum[i][r] = _mm512_dpbf16_ps(sum[i][r], row[i], in);
+                for (int i = 0; i < TILES; ++i) sum[i][r] = dot(sum[i][r], row[i], in);
+            }
         }
-    }
 #pragma GCC unroll 2
     for (int i = 0; i < TILES; ++i)
 #pragma GCC unroll 12
-        for (int r = 0; r < COUNT; ++r) _mm512_storeu_ps(out + (i * ROWS + r) * TILE, sum[i][r]);
+        for (int r = 0; r < COUNT; ++r) store(out + (i * ROWS + r) * TILE, sum[i][r]);
 }
 
-// Up to 12 rows, to out[tile][row][16].
+// Up to ROWS rows, to out[tile][row][16].
 template <int TILES, class W>
-inline void some(const W* w, long apart, const bf16* x, long stride, long rows, long pairs, float* out) {
+inline void some(const W* w, long apart, const Passed* x, long stride, long rows, long pairs, float* out) {
+    if (TILES > ABREAST && rows > 3) {
+        for (int i = 0; i < TILES; ++i) some<1>(w + i * apart, 0, x, stride, rows, pairs, out + i * ROWS * TILE);
+        return;
+    }
     for (long r = 0; r < rows;) {
-        const bf16* in = x + r * stride;
+        const Passed* in = x + r * stride;
         float* to = out + r * TILE;
         switch (rows - r) {
             case 12: sums<TILES, 12>(w, apart, in, stride, pairs, to), r += 12; break;
@@ -148,15 +123,15 @@ inline void some(const W* w, long apart, const bf16* x, long stride, long rows, 
 }
 
 struct Rows {  // what a product reads: x by token, and what A made of it
-    const bf16* x;
+    const Passed* x;
     long stride, tokens;
     const int64_t* slots;  // null: no adapter in this step
-    const bf16* z;
+    const Passed* z;
     long low;
 };
 
 template <class W>
-inline void some(long tiles, const W* w, long apart, const bf16* x, long stride, long rows, long pairs, float* out) {
+inline void some(long tiles, const W* w, long apart, const Passed* x, long stride, long rows, long pairs, float* out) {
     if (tiles == 2) some<2>(w, apart, x, stride, rows, pairs, out);
     else some<1>(w, apart, x, stride, rows, pairs, out);
 }
@@ -174,28 +149,25 @@ inline void product(const Linear& linear, long tile, const Rows& in, Done done) 
     }
     for (long first = 0; first < in.tokens; first += ROWS) {
         const long rows = in.tokens - first < ROWS ? in.tokens - first : ROWS;
-        const bf16* x = in.x + first * in.stride;
+        const Passed* x = in.x + first * in.stride;
         if (linear.scale) some(tiles, (const int8_t*)linear.weight + tile * apart, apart, x, in.stride, rows, pairs, out);
         else some(tiles, (const bf16*)linear.weight + tile * apart, apart, x, in.stride, rows, pairs, out);
         for (long r = 0; r < rows; ++r) {
             const long slot = in.slots ? in.slots[first + r] : 0;
             const bf16* b = in.slots ? (const bf16*)linear.b[slot] : nullptr;
-            __m512 sum[2];
+            Lanes sum[2];
             for (long i = 0; i < tiles; ++i) {
-                sum[i] = _mm512_load_ps(out + (i * ROWS + r) * TILE);
-                if (linear.scale) sum[i] = _mm512_mul_ps(sum[i], _mm512_loadu_ps(linear.scale + (tile + i) * TILE));
+                sum[i] = load(out + (i * ROWS + r) * TILE);
+                if (linear.scale) sum[i] = times(sum[i], load(linear.scale + (tile + i) * TILE));
                 if (b) {
                     const long rank = linear.rank[slot];
-                    const bf16* z = in.z + (first + r) * in.low + linear.part[tile + i] * rank;
+                    const Passed* z = in.z + (first + r) * in.low + linear.part[tile + i] * rank;
                     const bf16* up = b + (tile + i) * rank * TILE;
-                    for (long p = 0; p < rank / 2; ++p) {
-                        int32_t pair;
-                        std::memcpy(&pair, z + 2 * p, 4);
-                        sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)_mm512_loadu_si512(up + 2 * p * TILE),
-                                                  (__m512bh)_mm512_set1_epi32(pair));
-                    }
+                    for (long p = 0; p < rank / 2; ++p)
+                        for (int turn = 0; turn < TURNS; ++turn)
+                            sum[i] = dot(sum[i], line_of(up + 2 * p * TILE, turn), pair_of(z + 2 * p, turn));
                 }
-                if (linear.bias) sum[i] = _mm512_add_ps(sum[i], wide(linear.bias + (tile + i) * TILE));
+                if (linear.bias) sum[i] = plus(sum[i], wide(linear.bias + (tile + i) * TILE));
             }
             done(first + r, sum[0], sum[1]);
         }
@@ -206,7 +178,7 @@ inline long pairs_of(const Linear& linear) { return (linear.tiles + 1) / 2; }
 
 struct Piece { long first, count, slot; };  // neighbouring tokens under one adapter
 
-inline void shrink(Team& team, const Linear& linear, const std::vector<Piece>& pieces, long most, const Rows& in, bf16* z) {
+inline void shrink(Team& team, const Linear& linear, const std::vector<Piece>& pieces, long most, const Rows& in, Passed* z) {
     team.share(long(pieces.size()) * most, [&](long unit) {
         const Piece& piece = pieces[unit / most];
         const bf16* a = (const bf16*)linear.a[piece.slot];
@@ -216,9 +188,11 @@ inline void shrink(Team& team, const Linear& linear, const std::vector<Piece>& p
         for (long first = 0; first < piece.count; first += ROWS) {
             const long rows = piece.count - first < ROWS ? piece.count - first : ROWS, token = piece.first + first;
             some<1>(a + tile * linear.width * TILE, 0, in.x + token * in.stride, in.stride, rows, linear.width / 2, out);
-            for (long r = 0; r < rows; ++r) put(z + (token + r) * in.low + tile * TILE, _mm512_load_ps(out + r * TILE));
+            for (long r = 0; r < rows; ++r) put(z + (token + r) * in.low + tile * TILE, load(out + r * TILE));
         }
     });
 }
 
 }  // namespace
+
+#endif
