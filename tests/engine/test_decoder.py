@@ -176,7 +176,7 @@ def test_two_hundred_mixed_requests_over_eight_adapters_say_what_each_says_alone
     assert [said(row) for row in rows] == [alone(*one) for one in asked]
 
 
-@pytest.mark.skipif(not has_product(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.skipif(not has_product(), reason="no C++ for this CPU's instructions")
 def test_in_bfloat16_company_changes_no_token(tmp_path: Path) -> None:
     base = make_tiny_base(tmp_path / "base", dtype="bfloat16")
     folders = {f"a{n}": make_adapter(base, tmp_path / f"a{n}", seed=n) for n in range(2)}

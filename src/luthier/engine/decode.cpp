@@ -9,24 +9,11 @@
 //
 // It does not know tensors or requests: engine/decode.py checks shapes, kinds and that memory is contiguous.
 
-#include <cstdint>
-#include <cstring>
 #include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+
+#include "lanes.h"
 
 namespace {
-
-using bf16 = uint16_t;
-
-inline float wide(bf16 x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-inline float wide(float x) { return x; }
 
 inline void put(float& to, float x) { to = x; }
 inline void put(bf16& to, float x) {  // to nearest, ties to even; what is not a number stays so
@@ -56,30 +43,42 @@ inline float power(float x) {  // e to the x, as in native.cpp
 constexpr long TILE = 16;    // outputs that one thread works on at a time
 constexpr long TOKENS = 64;  // tokens whose sums of a tile are held at once
 
-#ifdef __AVX512BF16__
+#ifdef LANES
+
+constexpr int SIDE = LANES == 512 ? 4 : 2;  // rows of weights, and tokens, whose sums are held in registers at once
 
 // The sums of W rows of weights with X tokens, over `width` numbers (a multiple of 32), to sums[x * TILE + w].
 template <int W, int X>
 inline void block(const bf16* weights, const bf16* tokens, long width, float* sums) {
-    __m512 sum[W][X];
+    Lanes sum[W][X];
+#pragma GCC unroll 4
     for (int w = 0; w < W; ++w)
-        for (int x = 0; x < X; ++x) sum[w][x] = _mm512_setzero_ps();
-    for (long e = 0; e < width; e += 32) {
-        __m512bh in[X];
-        for (int x = 0; x < X; ++x) in[x] = (__m512bh)_mm512_loadu_si512(tokens + x * width + e);
-        for (int w = 0; w < W; ++w) {
-            const __m512bh row = (__m512bh)_mm512_loadu_si512(weights + w * width + e);
-            for (int x = 0; x < X; ++x) sum[w][x] = _mm512_dpbf16_ps(sum[w][x], row, in[x]);
+#pragma GCC unroll 4
+        for (int x = 0; x < X; ++x) sum[w][x] = zero();
+    for (long e = 0; e < width; e += 32)
+#pragma GCC unroll 2
+        for (int turn = 0; turn < TURNS; ++turn) {
+            Line in[X];
+#pragma GCC unroll 4
+            for (int x = 0; x < X; ++x) in[x] = line_of(tokens + x * width + e, turn);
+#pragma GCC unroll 4
+            for (int w = 0; w < W; ++w) {
+                const Line row = line_of(weights + w * width + e, turn);
+#pragma GCC unroll 4
+                for (int x = 0; x < X; ++x) sum[w][x] = dot(sum[w][x], row, in[x]);
+            }
         }
-    }
     for (int x = 0; x < X; ++x)
-        for (int w = 0; w < W; ++w) sums[x * TILE + w] = _mm512_reduce_add_ps(sum[w][x]);
+        for (int w = 0; w < W; ++w) sums[x * TILE + w] = sum_of(sum[w][x]);
 }
 
 template <int W>
 inline void rows(const bf16* weights, const bf16* tokens, long count, long width, float* sums) {
+    constexpr int PART = W < SIDE ? W : SIDE;
     long x = 0;
-    for (; x + 4 <= count; x += 4) block<W, 4>(weights, tokens + x * width, width, sums + x * TILE);
+    for (; x + SIDE <= count; x += SIDE)
+        for (int i = 0; i < W; i += PART)
+            block<PART, SIDE>(weights + i * width, tokens + x * width, width, sums + x * TILE + i);
     switch (count - x) {
         case 3: block<W, 3>(weights, tokens + x * width, width, sums + x * TILE); break;
         case 2: block<W, 2>(weights, tokens + x * width, width, sums + x * TILE); break;
@@ -151,24 +150,19 @@ void product(const bf16* x, const bf16* w, const bf16* bias, Out* y, long tokens
 
 constexpr long BLOCK = 16;  // tokens of a block of the cache
 
-#ifdef __AVX512F__
-
-inline __m512 sixteen(const bf16* at) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16));
-}
-inline __m512 sixteen(const float* at) { return _mm512_loadu_ps(at); }
+#ifdef LANES
 
 // One query head: scores with the keys at `places`, and the mean of their values under given shares.
 template <int W, class N>
 inline float scores(const float* q, const N* keys, const int32_t* places, long count, long step, float* out) {
-    __m512 asked[W];
-    for (int i = 0; i < W; ++i) asked[i] = _mm512_loadu_ps(q + 16 * i);
+    Lanes asked[W];
+    for (int i = 0; i < W; ++i) asked[i] = load(q + 16 * i);
     float top = -__builtin_inff();
     for (long k = 0; k < count; ++k) {
         const N* key = keys + places[k] * step;
-        __m512 sum = _mm512_mul_ps(asked[0], sixteen(key));
-        for (int i = 1; i < W; ++i) sum = _mm512_fmadd_ps(asked[i], sixteen(key + 16 * i), sum);
-        out[k] = _mm512_reduce_add_ps(sum);
+        Lanes sum = times(asked[0], wide(key));
+        for (int i = 1; i < W; ++i) sum = fused(asked[i], wide(key + 16 * i), sum);
+        out[k] = sum_of(sum);
         top = out[k] > top ? out[k] : top;
     }
     return top;
@@ -176,16 +170,16 @@ inline float scores(const float* q, const N* keys, const int32_t* places, long c
 
 template <int W, class N>
 inline void mix(const float* shares, const N* values, const int32_t* places, long count, long step, float whole, N* out) {
-    __m512 sum[W];
-    for (int i = 0; i < W; ++i) sum[i] = _mm512_setzero_ps();
+    Lanes sum[W];
+    for (int i = 0; i < W; ++i) sum[i] = zero();
     for (long k = 0; k < count; ++k) {
-        const __m512 share = _mm512_set1_ps(shares[k]);
+        const Lanes share = all(shares[k]);
         const N* value = values + places[k] * step;
-        for (int i = 0; i < W; ++i) sum[i] = _mm512_fmadd_ps(share, sixteen(value + 16 * i), sum[i]);
+        for (int i = 0; i < W; ++i) sum[i] = fused(share, wide(value + 16 * i), sum[i]);
     }
     float mixed[16];
     for (int i = 0; i < W; ++i) {
-        _mm512_storeu_ps(mixed, _mm512_mul_ps(sum[i], _mm512_set1_ps(whole)));
+        store(mixed, times(sum[i], all(whole)));
         for (int e = 0; e < 16; ++e) put(out[16 * i + e], mixed[e]);
     }
 }
@@ -194,7 +188,7 @@ inline void mix(const float* shares, const N* values, const int32_t* places, lon
 
 template <class N>
 float scores_of(long width, const float* q, const N* keys, const int32_t* places, long count, long step, float* out) {
-#ifdef __AVX512F__
+#ifdef LANES
     if (width == 64) return scores<4>(q, keys, places, count, step, out);
     if (width == 128) return scores<8>(q, keys, places, count, step, out);
     if (width == 96) return scores<6>(q, keys, places, count, step, out);
@@ -215,7 +209,7 @@ float scores_of(long width, const float* q, const N* keys, const int32_t* places
 template <class N>
 void mix_of(long width, const float* shares, const N* values, const int32_t* places, long count, long step, float whole,
             N* out) {
-#ifdef __AVX512F__
+#ifdef LANES
     if (width == 64) return mix<4>(shares, values, places, count, step, whole, out);
     if (width == 128) return mix<8>(shares, values, places, count, step, whole, out);
     if (width == 96) return mix<6>(shares, values, places, count, step, whole, out);
@@ -285,14 +279,14 @@ void largest(const float* x, int64_t* out, long rows, long width) {
 extern "C" {
 
 long has_product() {
-#ifdef __AVX512BF16__
+#ifdef LANES
     return 1;
 #else
     return 0;
 #endif
 }
 
-#ifdef __AVX512BF16__
+#ifdef LANES
 #define PRODUCT(name, Out)                                                                                       \
     void name(void* x, void* w, void* bias, void* y, long tokens, long width, long outs, int64_t* a, int64_t* b, \
               int64_t* ranks, int64_t* slots, int64_t* ends, long parts, long widest, float* low) {              \

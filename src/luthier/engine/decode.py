@@ -1,6 +1,6 @@
 """The arithmetic of growing answers: products of few tokens with many adapters, and attention over pages.
 
-On a CPU with bfloat16 instructions `decode.cpp` does both, compiled as `engine.native` compiles its own; what
+On a CPU with AVX2 or AVX512-BF16 `decode.cpp` does both, compiled as `engine.native` compiles its own; what
 it does not take (another number type or device, no compiler) goes to torch: the same result up to rounding.
 Where the CPU has matrix units (AMX), products of more than `FEW` tokens are torch's, which uses them.
 
@@ -249,7 +249,7 @@ def largest(x_B_V: Tensor) -> list[int]:
 
 @cache
 def has_product() -> bool:
-    """Whether the C++ is here, and this CPU multiplies bfloat16."""
+    """Whether the C++ is here, and knows this CPU's instructions (`lanes.h`)."""
     return native.can_compile() and bool(_library().has_product())
 
 

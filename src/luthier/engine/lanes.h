@@ -13,6 +13,20 @@
 #include <cstring>
 #include <initializer_list>
 
+namespace {
+
+using bf16 = uint16_t;
+
+inline float wide(bf16 x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline float wide(float x) { return x; }
+
+}  // namespace
+
 #if defined(__AVX512BF16__)
 #define LANES 512
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -24,8 +38,6 @@
 #include <immintrin.h>
 
 namespace {
-
-using bf16 = uint16_t;
 
 #if LANES == 512
 
@@ -61,6 +73,7 @@ inline Lanes either(Mask where, Lanes x, Lanes y) { return _mm512_mask_mov_ps(y,
 
 inline Lanes wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline Lanes wide(const bf16* x) { return wide(_mm256_loadu_si256((const __m256i*)x)); }
+inline Lanes wide(const float* x) { return load(x); }
 inline Mask first(long count) { return count < 16 ? Mask((1u << count) - 1) : Mask(0xffff); }
 inline Lanes wide(long count, const bf16* x) { return wide(_mm256_maskz_loadu_epi16(first(count), x)); }
 inline __m256i narrow(Lanes x) { return (__m256i)_mm512_cvtneps_pbh(x); }
@@ -190,6 +203,7 @@ inline Line line_of(const int8_t* w, int turn) {
     return {half(_mm_loadu_si128((const __m128i*)w)), half(_mm_loadu_si128((const __m128i*)w + 1))};
 }
 inline Pair pair_of(const float* x, int turn) { return _mm256_broadcast_ss(x + turn); }
+inline Lanes dot(Lanes sum, Line w, Line x) { return fused(w, x, sum); }
 inline Lanes dot(Lanes sum, Line w, Pair x) { return {_mm256_fmadd_ps(w.low, x, sum.low), _mm256_fmadd_ps(w.high, x, sum.high)}; }
 
 inline bf16 kept(float x) {
@@ -197,14 +211,8 @@ inline bf16 kept(float x) {
     std::memcpy(&bits, &x, 4);
     return bf16(bits >> 16);
 }
-inline float value_of(bf16 x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
 inline void pass(const bf16* x, Passed* to, long count) {
-    for (long i = 0; i < count; ++i) to[i] = value_of(x[i]);
+    for (long i = 0; i < count; ++i) to[i] = wide(x[i]);
 }
 
 #endif

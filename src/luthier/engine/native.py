@@ -67,7 +67,10 @@ def build(source: Path, *more: str) -> ctypes.CDLL:
         flags = [flag for flag in FLAGS if "512" not in flag or "avx512f" in cpu_flags()]
         try:
             done = subprocess.run(
-                [COMPILER, *flags, *more, "-o", str(built), str(source)], capture_output=True, text=True, check=False
+                [COMPILER, *flags, *more, "-o", str(built), str(source)],
+                capture_output=True,
+                text=True,
+                check=False,
             )
         except OSError as error:
             raise TrainError(f"this plan needs {COMPILER}: {error.strerror}", hint=_HINT) from error
