@@ -26,6 +26,8 @@ from typing import Any
 
 from table import show, summary
 
+from luthier.forecast import host
+
 HERE = Path(__file__).parent
 # name: (environment, script, variant)
 RIVALS = {
@@ -89,11 +91,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2, help="steps of a run that are not counted")
     parser.add_argument("--steps", type=int, help="of a run; default: the workload's own number")
+    parser.add_argument("--batch", type=int, help="rows of a step; default: the workload's own number")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the faster one here")
     parser.add_argument("--looks", type=int, default=0, help="held-out loss every so many steps")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
     asked.systems = list(GROUPS.get(asked.systems, asked.systems.split(",")))
     asked.workloads = asked.workloads.split(",")
+    asked.dtype = asked.dtype or host.probe().dtype
     if unknown := [name for name in asked.systems if name not in GROUPS["all"]]:
         parser.error(f"no such system: {', '.join(unknown)}; there are {', '.join(GROUPS['all'])}")
     return asked
@@ -103,7 +108,8 @@ def begin(asked: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
     """A new result, or the one that was begun with the same settings and rows."""
     settings = {
         "rank": RANK, "alpha": ALPHA, "lr": LR, "schedule": "constant", "seed": SEED, "steps": asked.steps,
-        "warmup": asked.warmup, "looks": asked.looks, "threads": asked.threads,
+        "warmup": asked.warmup, "looks": asked.looks, "threads": asked.threads, "batch": asked.batch,
+        "dtype": asked.dtype,
     }  # fmt: skip
     rows = {name: about["workloads"][name] for name in asked.workloads}
     fresh = {
@@ -123,14 +129,12 @@ def begin(asked: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """What the runs ran on, and what its cores reach in a matrix product (a second's measurement)."""
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    probe = "import json; from luthier.forecast import host; print(json.dumps(host.probe().as_dict()))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     return {
         "cpu": cpu[0] if cpu else platform.processor(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        **json.loads(done.stdout),
+        **host.probe().as_dict(),
     }
 
 
@@ -153,7 +157,7 @@ def initial(base: str, scratch: Path, threads: int) -> str:
     """The adapter that every system starts from: luthier's own start, as plain PEFT files."""
     job = {
         "base": base, "rows": os.devnull, "steps": 0, "batch": 1, "rank": RANK, "alpha": ALPHA, "lr": LR,
-        "seed": SEED, "threads": threads, "variant": "exact", "scratch": str(scratch),
+        "seed": SEED, "threads": threads, "variant": "exact", "dtype": "float32", "scratch": str(scratch),
         "adapter": str(scratch / "start"),
     }  # fmt: skip
     done = process("luthier", job)
@@ -172,8 +176,9 @@ def once(
     own = Path(tempfile.mkdtemp(dir=scratch))
     job = {
         "base": about["base"], "rows": str((asked.rows / f"{workload}.jsonl").absolute()), "steps": steps,
-        "batch": about["workloads"][workload]["batch"], "rank": RANK, "alpha": ALPHA, "lr": LR, "seed": SEED,
-        "threads": asked.threads, "variant": GROUPS["all"][system][2], "scratch": str(own), "adapter": start,
+        "batch": asked.batch or about["workloads"][workload]["batch"], "rank": RANK, "alpha": ALPHA, "lr": LR,
+        "seed": SEED, "threads": asked.threads, "variant": GROUPS["all"][system][2], "dtype": asked.dtype,
+        "scratch": str(own), "adapter": start,
         "looks": list(range(asked.looks, steps + 1, asked.looks)) if asked.looks else [],
     }  # fmt: skip
     load = os.getloadavg()[0]

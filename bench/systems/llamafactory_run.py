@@ -2,7 +2,7 @@
 
     defaults  bf16, gradient checkpointing, padded batches
     neat      `neat_packing`: its own knapsack lays rows end to end, with a mask per row
-    best      neat packing without gradient checkpointing
+    best      neat packing without gradient checkpointing, in the job's number type
 
 The rows are given as the tokenised data set that its `tokenized_path` reads. Neat packing chooses rows over
 the whole file, so a step has other rows than elsewhere, though about as many tokens: `cutoff_len` is the mean
@@ -91,7 +91,8 @@ def main() -> None:
             **settings,
             "model_name_or_path": job.base, "stage": "sft", "do_train": True, "finetuning_type": "lora",
             "lora_rank": job.rank, "lora_alpha": job.alpha, "lora_target": "all", "template": "chatml",
-            "dataset": "given", "tokenized_path": str(data), "bf16": True, "overwrite_output_dir": True,
+            "dataset": "given", "tokenized_path": str(data), "overwrite_output_dir": True,
+            "bf16": job.variant != "best" or job.dtype == "bfloat16",
         },
         callbacks=[callback(meter, micro)],
     )  # fmt: skip

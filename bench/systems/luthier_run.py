@@ -50,7 +50,7 @@ class Ideas:
     own_attention: bool = True
     own_products: bool = True
     tiled: bool = True
-    dtype: str = "bfloat16"
+    dtype: str | None = None  # the job's
 
 
 VARIANTS = {
@@ -88,7 +88,7 @@ def prepare(job: Job, ideas: Ideas) -> Any:
         documents.SHORT = 0  # only documents of equal length share a call
     if not ideas.tiled:
         head.token_scores = untiled_scores
-    model = base.load(Path(job.base), ideas.dtype)
+    model = base.load(Path(job.base), ideas.dtype or job.dtype)
     model = lora.attach(model, lora.Params(r=job.rank, alpha=job.alpha), job.seed)
     if job.adapter:
         folder = Path(job.adapter)

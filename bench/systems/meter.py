@@ -23,6 +23,7 @@ from typing import Any
 class Job:
     """One training run. Rows are taken in the order of the file, `batch` a step.
 
+    dtype:   of the weights and products, where a variant does not have its own.
     adapter: folder of the adapter to start from; none: the system's own start.
     looks:   steps after which the adapter is kept, for its held-out loss.
     scratch: a folder that is the run's alone.
@@ -38,6 +39,7 @@ class Job:
     seed: int
     threads: int
     variant: str
+    dtype: str
     scratch: str
     adapter: str | None = None
     looks: tuple[int, ...] = ()

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer on a benchmark job, in TRL's own environment.
 
     defaults  what SFTConfig does when nothing is set: float32 weights under bf16 autocast, checkpointing
-    best      bf16 weights, no gradient checkpointing: its fastest on a CPU
+    best      weights and products in the job's number type, no gradient checkpointing: its fastest on a CPU
     exact     float32 throughout, no checkpointing, for comparing losses
 
 Packing is not among them: without FlashAttention it builds a dense T × T mask. Not known: CUDA.
@@ -19,11 +19,13 @@ from peft import LoraConfig
 from trainer import arguments, callback, metered
 from trl import SFTConfig, SFTTrainer
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "best": {"model_init_kwargs": {"dtype": "bfloat16"}, "gradient_checkpointing": False},
-    "exact": {"model_init_kwargs": {"dtype": "float32"}, "gradient_checkpointing": False, "bf16": False},
-}
+
+def variant(job: Job) -> dict[str, Any]:
+    if job.variant == "defaults":
+        return {}
+    dtype = job.dtype if job.variant == "best" else "float32"
+    weights = {"dtype": dtype}
+    return {"model_init_kwargs": weights, "gradient_checkpointing": False, "bf16": dtype == "bfloat16"}
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
     Path(job.scratch).mkdir(parents=True, exist_ok=True)
     trainer = metered(SFTTrainer, meter, micro)(
         model=job.base,
-        args=SFTConfig(**arguments(job), completion_only_loss=True, **VARIANTS[job.variant]),
+        args=SFTConfig(**arguments(job), completion_only_loss=True, **variant(job)),
         train_dataset=Dataset.from_list(
             [{"input_ids": row["input_ids"], "completion_mask": row["mask"]} for row in rows]
         ),

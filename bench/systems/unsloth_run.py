@@ -2,7 +2,7 @@
 
     defaults  as FastLanguageModel and SFTTrainer come: gradient checkpointing on, compilation off
     compile   `UNSLOTH_CPU_COMPILE`, its switch for a compiled decoder layer; the rest as it comes
-    best      compiled, and without gradient checkpointing
+    best      compiled, in the job's number type, and without gradient checkpointing
 
 Without a GPU Unsloth takes its CPU backend by itself (`UNSLOTH_ALLOW_CPU` is another thing: it pretends that
 there is a GPU, for tests). It patches transformers and TRL when imported, so it comes first. Packing is not
@@ -36,14 +36,18 @@ def main() -> None:
     meter, micro = Meter.over(job, rows), []
     torch.set_num_threads(job.threads)
     Path(job.scratch).mkdir(parents=True, exist_ok=True)
-    again: dict[str, Any] = {"use_gradient_checkpointing": False} if job.variant == "best" else {}
+    best = job.variant == "best"
+    again: dict[str, Any] = {"use_gradient_checkpointing": False} if best else {}
+    weights = {"dtype": getattr(torch, job.dtype)} if best else {}
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-        model_name=job.base, max_seq_length=LONGEST, load_in_4bit=False, **again
+        model_name=job.base, max_seq_length=LONGEST, load_in_4bit=False, **again, **weights
     )
     model = unsloth.FastLanguageModel.get_peft_model(
         model, r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS, random_state=job.seed, **again
     )
-    settings = arguments(job) | ({"gradient_checkpointing": False} if again else {})
+    settings = arguments(job)
+    if best:
+        settings |= {"gradient_checkpointing": False, "bf16": job.dtype == "bfloat16"}
     trainer = metered(SFTTrainer, meter, micro)(
         model=model,
         processing_class=tokenizer,

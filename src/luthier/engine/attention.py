@@ -4,15 +4,15 @@ Source: scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762) and
 products; sliding windows as in Mistral (Jiang et al. 2023, arXiv 2310.06825): token q sees keys k with
 q - window < k <= q. Documents of like length share one batched product (`engine.documents`). Probabilities of
 short documents are kept for the way back. Long ones attend in blocks of queries, each with the keys up to its
-own end, and their probabilities are computed again; very long ones go through torch's own kernel.
+own end, and their probabilities are computed again. Very long ones go through torch's own kernel, if no
+window is shorter than they are.
 
 What documents share is attended to where it lies, and computed once. Queries are a document's own tokens,
 keys the path's and its own. Those that follow the same path share one product over its keys, whose gradient
 is the sum of what they all send back.
 
-It enters through transformers' attention interface under
-the name `IMPLEMENTATION`, so every decoder family that uses that interface has it; with no mask function
-under that name transformers builds no mask.
+It enters through transformers' attention interface under the name `IMPLEMENTATION`, so every decoder family
+that uses that interface has it; with no mask function under that name transformers builds no mask.
 
 It does not know caches, cross-attention, soft caps or sinks: what it does not know, it refuses.
 `base.prove` compares a whole model against transformers' own path before it is trusted.
@@ -33,7 +33,6 @@ from transformers import AttentionInterface
 from luthier.engine import varlen
 from luthier.engine.documents import Documents, Group
 from luthier.engine.kernels import PLAIN, Kernels, Seen
-from luthier.engine.kernels import turn as rotated
 from luthier.errors import ModelError
 
 IMPLEMENTATION = "luthier_documents"
@@ -106,10 +105,12 @@ def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) 
     q_THE, k_TKE, v_TKE = qkv
     if q_THE.is_cuda:
         return _on_gpu(qkv, turn, documents, how)
-    if how.dropout or max(group.reach for group in documents.groups) > LONG:
-        if turn is not None:
-            q_THE, k_TKE = (rotated(x, *turn) for x in (q_THE, k_TKE))
-        qkv = (q_THE, k_TKE, v_TKE)
+    longest = max(group.reach for group in documents.groups)
+    windowed = (
+        how.window is not None and how.window < longest
+    )  # torch's kernel would want a mask of all pairs
+    if how.dropout or (longest > LONG and not windowed):
+        qkv = (*_turned((q_THE, k_TKE), turn, how), v_TKE)
         return torch.cat([_streamed(qkv, group, documents, how) for group in documents.groups])
     at = (turn, documents, how)
     out_THE: Tensor = _Attention.apply(q_THE, k_TKE, v_TKE, at)  # type: ignore[no-untyped-call]
@@ -118,12 +119,18 @@ def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) 
 
 def _on_gpu(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) -> Tensor:
     q_THE, k_TKE, v_TKE = qkv
-    if turn is not None:
-        formulas = how.formulas.turn, how.formulas.unturn
-        q_THE, k_TKE = (varlen.turned(x, turn, formulas) for x in (q_THE, k_TKE))
     laid = varlen.layout(documents.lengths_D, documents.parents_D, q_THE.device)
     sight = varlen.Sight(how.window, how.scale, how.dropout)
-    return varlen.over_documents((q_THE, k_TKE, v_TKE), laid, sight)
+    return varlen.over_documents((*_turned((q_THE, k_TKE), turn, how), v_TKE), laid, sight)
+
+
+def _turned(queries_and_keys: tuple[Tensor, Tensor], turn: Turn | None, how: How) -> tuple[Tensor, Tensor]:
+    """Rotated, if that is still to do; only the tables are kept for the way back, once for all layers."""
+    if turn is None:
+        return queries_and_keys
+    q_THE, k_TKE = queries_and_keys
+    formulas = how.formulas.turn, how.formulas.unturn
+    return varlen.turned(q_THE, turn, formulas), varlen.turned(k_TKE, turn, formulas)
 
 
 class _Attention(torch.autograd.Function):
@@ -214,7 +221,7 @@ def _group_backward(
 
 
 def _queries(x: Tensor, group: Group, block: tuple[int, int]) -> Tensor:
-    """The rows of a block's queries: (documents · K, heads per K · block, width)."""
+    """The rows of a block's queries: (K · documents, heads per K · block, width)."""
     if block == (0, group.length):
         return x
     x_NGLE = x.view(len(x), -1, group.length, x.shape[-1])
@@ -244,10 +251,15 @@ def _path(laid: Sequence[KeysValues], group: Group, kv_heads: int) -> KeysValues
         return None, None
 
     def joined(kind: int) -> Tensor:
-        parts = [laid[at][kind][number * kv_heads :][:kv_heads, :length] for at, number, length in group.path]
+        parts = [_document(laid[at][kind], kv_heads, number)[:, :length] for at, number, length in group.path]
         return torch.cat(parts, dim=1)
 
     return joined(0), joined(1)
+
+
+def _document(x: Tensor, kv_heads: int, number: int) -> Tensor:
+    """One document's part of what a group laid out: (kv heads, length, width)."""
+    return x.view(kv_heads, -1, *x.shape[1:])[:, number]
 
 
 def _owe(owed: dict[int, KeysValues], laid: Sequence[KeysValues], group: Group, found: KeysValues) -> None:
@@ -258,7 +270,7 @@ def _owe(owed: dict[int, KeysValues], laid: Sequence[KeysValues], group: Group, 
             k, v = laid[at]
             owed[at] = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         for sum_, piece in zip(owed[at], found, strict=True):
-            sum_[number * kv_heads :][:kv_heads, :length] += piece[:, begin : begin + length]
+            _document(sum_, kv_heads, number)[:, :length] += piece[:, begin : begin + length]
         begin += length
 
 
@@ -267,8 +279,11 @@ def _against(x: Tensor, near: Tensor, far: Tensor | None, at: Sight) -> Tensor:
     if far is None:
         own: Tensor = at.formulas.against(x, near, at.seen)
         return own
-    path = _apart(torch.bmm(_together(x, len(far)), far.transpose(1, 2)), x)
-    return torch.cat((path, torch.bmm(x, near.transpose(1, 2))), dim=-1)
+    before = far.shape[1]
+    scores = x.new_empty(*x.shape[:2], before + near.shape[1])
+    torch.bmm(_joined(x, far), far.transpose(1, 2), out=_joined(scores, far)[..., :before])
+    torch.bmm(x, near.transpose(1, 2), out=scores[..., before:])
+    return scores
 
 
 def _mixed(weights: Tensor, near: Tensor, far: Tensor | None, at: Sight) -> Tensor:
@@ -277,32 +292,26 @@ def _mixed(weights: Tensor, near: Tensor, far: Tensor | None, at: Sight) -> Tens
         own: Tensor = at.formulas.mixed(weights, near, at.seen)
         return own
     before = far.shape[1]
-    path = torch.bmm(_together(weights[..., :before], len(far)), far)
-    return torch.baddbmm(_apart(path, weights), weights[..., before:], near)
+    path = torch.bmm(_joined(weights, far)[..., :before], far)
+    return path.view(*weights.shape[:2], -1).baddbmm_(weights[..., before:], near)
 
 
 def _collected(weights: Tensor, x: Tensor, far: Tensor | None, at: Sight) -> tuple[Tensor, Tensor | None]:
     """weightsᵀ · x: for each document's own tokens, and for the path as a sum over its documents."""
     if far is None:
         return at.formulas.collected(weights, x, at.seen), None
-    before, kv_heads = far.shape[1], len(far)
-    path = torch.bmm(_together(weights[..., :before], kv_heads).transpose(1, 2), _together(x, kv_heads))
+    before = far.shape[1]
+    path = torch.bmm(_joined(weights, far)[..., :before].transpose(1, 2), _joined(x, far))
     return torch.bmm(weights[..., before:].transpose(1, 2), x), path
 
 
-def _together(x: Tensor, kv_heads: int) -> Tensor:
-    """(documents · K, M, …) to (K, documents · M, …)."""
-    return x.reshape(-1, kv_heads, *x.shape[1:]).transpose(0, 1).reshape(kv_heads, -1, x.shape[-1])
-
-
-def _apart(x: Tensor, like: Tensor) -> Tensor:
-    """Undo `_together`: (documents · K, M, …), as many of them as in `like`."""
-    x_KDME = x.reshape(len(x), -1, like.shape[1], x.shape[-1])
-    return x_KDME.transpose(0, 1).reshape(*like.shape[:2], x.shape[-1])
+def _joined(x: Tensor, far: Tensor) -> Tensor:
+    """(K · documents, M, …) as (K, documents · M, …): all that one key head of a path is multiplied with."""
+    return x.view(len(far), -1, x.shape[-1])
 
 
 def _laid_out(qkv: Qkv, turn: Turn | None, group: Group, how: How) -> list[Tensor]:
-    """Query, key and value of a group, rotated, one matrix for each key head: (documents * K, …, width)."""
+    """Query, key and value of a group, rotated, one matrix for each key head: (K · documents, …, width)."""
     kv_heads, found = qkv[1].shape[1], []
     for x, turned in zip(qkv, (turn, turn, None), strict=True):
         part = slice(group.start, group.start + group.tokens)
@@ -314,7 +323,7 @@ def _laid_out(qkv: Qkv, turn: Turn | None, group: Group, how: How) -> list[Tenso
 def _weights(
     q: Tensor, keys: tuple[Tensor, Tensor | None], at: tuple[Group, tuple[int, int]], how: How
 ) -> Tensor:
-    """Attention probabilities (documents · K, heads per K · block, keys) in the number type of `q`."""
+    """Attention probabilities (K · documents, heads per K · block, keys) in the number type of `q`."""
     sight = _sight(*at, how)
     weights: Tensor = how.formulas.soften(_against(q, *keys, sight), sight.seen, how.scale)
     return weights
@@ -332,17 +341,20 @@ def _sight(group: Group, block: tuple[int, int], how: How) -> Sight:
 
 
 def _stacked(x_PHE: Tensor, group: Group, kv_heads: int) -> Tensor:
-    """(documents × kv heads, heads per kv head × length, width): one matrix for each key head."""
+    """(kv heads · documents, heads per kv head · length, width): one matrix for each key head.
+
+    Those of one key head are neighbours, so that a path's keys meet all of them in one product (`_joined`).
+    """
     _, heads, width = x_PHE.shape
-    x_DHLE = x_PHE.view(group.documents, group.length, heads, width).transpose(1, 2)
-    laid = x_DHLE.reshape(group.documents * kv_heads, heads // kv_heads * group.length, width)
+    x_DLKGE = x_PHE.view(group.documents, group.length, kv_heads, heads // kv_heads, width)
+    laid = x_DLKGE.permute(2, 0, 3, 1, 4).reshape(kv_heads * group.documents, -1, width)
     return laid.contiguous()  # a view would keep the wide product alive that it was cut from
 
 
 def _gather(x: Tensor, group: Group, heads: int) -> Tensor:
     """Undo `_stacked` and drop what lies behind a document's end: (tokens, heads, width)."""
-    x_DHLE = x.view(group.documents, heads, group.length, x.shape[-1])
-    x_PHE = x_DHLE.transpose(1, 2).reshape(-1, heads, x.shape[-1])
+    x_KDGLE = x.view(len(x) // group.documents, group.documents, -1, group.length, x.shape[-1])
+    x_PHE = x_KDGLE.permute(1, 3, 0, 2, 4).reshape(-1, heads, x.shape[-1])
     return x_PHE if group.even else x_PHE.index_select(0, group.gather_T)
 
 

@@ -1,4 +1,4 @@
-"""A decoder's layers as one C++ call: for the common families, in bfloat16, on a CPU with AVX2 or AVX512-BF16.
+"""A decoder's layers as one C++ call: for the common families, in bfloat16, on a CPU with AVX2 or AVX-512.
 
 `stack.cpp` beside this file does the work; here a model of transformers is laid out for it: weights in tiles
 in the place of the model's own, adapters in tiles by their slot, rotary tables, a cache of keys and values.

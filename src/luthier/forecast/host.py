@@ -35,6 +35,12 @@ class Host:
     def native_bf16(self) -> bool:
         return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(self.flags)
 
+    @property
+    def dtype(self) -> str:
+        """The number type in which a bfloat16 base trains fastest here."""
+        slow = not self.native_bf16 and self.bf16_flops < self.fp32_flops
+        return "float32" if slow else "bfloat16"
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "flags": list(self.flags), "native_bf16": self.native_bf16}
 

@@ -95,10 +95,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
 def _dtype(model: Path, machine: host.Host, device: Device | None) -> str:
     """bf16 where the base is bf16 and this machine is not slower in it; float32 else."""
     stored = str(artifacts.read_json(model / "base.json")["dtype"])
-    if stored != "bfloat16" or device:
-        return stored
-    slow = not machine.native_bf16 and machine.bf16_flops < machine.fp32_flops
-    return "float32" if slow else stored
+    return stored if stored != "bfloat16" or device else machine.dtype
 
 
 def _allowed(budget: Any, machine: host.Host, device: Device | None) -> float:
