@@ -37,8 +37,8 @@ def main() -> None:
         job = {
             "base": about["base"], "rows": str((asked.rows / f"{asked.workload}.jsonl").absolute()),
             "steps": asked.steps, "batch": asked.batch, "rank": RANK, "alpha": ALPHA, "lr": LR,
-            "seed": SEED, "threads": asked.threads, "variant": "exact", "dtype": "float32", "scratch": scratch,
-            "adapter": start,
+            "seed": SEED, "threads": asked.threads, "variant": "exact", "dtype": "float32",
+            "scratch": scratch, "adapter": start,
         }  # fmt: skip
         answers = {name: process(name, job) for name in ("luthier", "trl")}
     result = compared(answers) | {
