@@ -106,9 +106,8 @@ def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) 
     if q_THE.is_cuda:
         return _on_gpu(qkv, turn, documents, how)
     longest = max(group.reach for group in documents.groups)
-    windowed = (
-        how.window is not None and how.window < longest
-    )  # torch's kernel would want a mask of all pairs
+    # Under a window torch's kernel would want a mask of all pairs, and keep it.
+    windowed = how.window is not None and how.window < longest
     if how.dropout or (longest > LONG and not windowed):
         qkv = (*_turned((q_THE, k_TKE), turn, how), v_TKE)
         return torch.cat([_streamed(qkv, group, documents, how) for group in documents.groups])
