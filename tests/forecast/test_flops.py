@@ -18,8 +18,11 @@ from luthier.forecast.footprint import Checkpointing
 from luthier.template import Encoded
 from tests.engine.tiny_families import FAMILIES
 
-# torch counts `addmm` and, of its kind that adds in place, nothing
-COUNTED: dict[Any, Any] = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+# torch counts `addmm` and `baddbmm` and, of their kinds that add in place, nothing
+COUNTED: dict[Any, Any] = {
+    torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],
+    torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2],
+}
 TARGETS = ("all-linear", ["q_proj", "v_proj"], ["down_proj"], ["o_proj"])
 
 
