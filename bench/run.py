@@ -98,7 +98,8 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     asked.systems = list(GROUPS.get(asked.systems, asked.systems.split(",")))
     asked.workloads = asked.workloads.split(",")
-    asked.dtype = asked.dtype or host.probe().dtype
+    asked.host = host.probe()  # a second's measurement
+    asked.dtype = asked.dtype or asked.host.dtype
     if unknown := [name for name in asked.systems if name not in GROUPS["all"]]:
         parser.error(f"no such system: {', '.join(unknown)}; there are {', '.join(GROUPS['all'])}")
     return asked
@@ -113,7 +114,8 @@ def begin(asked: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     rows = {name: about["workloads"][name] for name in asked.workloads}
     fresh = {
-        "settings": settings, "base_sha256": about["base_sha256"], "workloads": rows, "machine": machine(),
+        "settings": settings, "base_sha256": about["base_sha256"], "workloads": rows,
+        "machine": machine() | asked.host.as_dict(),
         "runs": [], "summary": {},
     }  # fmt: skip
     if not asked.result.exists():
@@ -127,14 +129,13 @@ def begin(asked: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the runs ran on, and what its cores reach in a matrix product (a second's measurement)."""
+    """What the runs ran on."""
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": cpu[0] if cpu else platform.processor(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        **host.probe().as_dict(),
     }
 
 

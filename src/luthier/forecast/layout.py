@@ -26,7 +26,7 @@ class Layout:
     pairs:       query places × keys they are multiplied with, over all groups.
     kept:        those of `pairs` whose probabilities are kept for the way back.
     widest:      the most of them in one block of queries, and the places of its group.
-    streamed:    attention runs through torch's kernel, which holds no pairs.
+    streamed:    attention runs through torch's kernel, which holds no pairs (windows aside).
     """
 
     tokens: int
