@@ -8,7 +8,8 @@ attention, tiled head. Every other variant undoes one of them and leaves the res
     plain-layers PEFT's and transformers' own layers, not `engine.fused`
     uncompiled   the fused layers' formulas as they stand
     sdpa         one call of torch's scaled_dot_product_attention per document
-    torch-products  torch's matrix products everywhere (only where ours are used at all: bf16 without AMX)
+    grouped      attention as torch's products over groups of documents, not in C++ from end to end
+    torch-products  torch's matrix products in the layers (only where ours are used at all: bf16 without AMX)
     whole-head   all logits of the learnt tokens at once, through autograd
     exact        `full` in float32 without compiling, for comparing losses
 
@@ -48,6 +49,7 @@ class Ideas:
     fused: bool = True
     compiled: bool = True
     own_attention: bool = True
+    flash: bool = True
     own_products: bool = True
     tiled: bool = True
     dtype: str | None = None  # the job's
@@ -60,6 +62,7 @@ VARIANTS = {
     "plain-layers": Ideas(fused=False),
     "uncompiled": Ideas(compiled=False),
     "sdpa": Ideas(own_attention=False),
+    "grouped": Ideas(flash=False),
     "torch-products": Ideas(own_products=False),
     "whole-head": Ideas(tiled=False),
     "exact": Ideas(compiled=False, dtype="float32"),
@@ -75,10 +78,10 @@ def untiled_scores(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int, 
 
 def formulas(ideas: Ideas) -> Any:
     found = native.kernels(ideas.compiled and native.can_compile())
+    found = replace(found, flash=found.flash and ideas.flash and ideas.own_attention)
     if ideas.own_products:
         return found
-    products = {name: getattr(PLAIN, name) for name in ("total", "against", "mixed", "collected")}
-    return replace(found, **products)
+    return replace(found, total=PLAIN.total)
 
 
 def prepare(job: Job, ideas: Ideas) -> Any:

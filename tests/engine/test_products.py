@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 
 from luthier.engine import kernels as plain
 from luthier.engine import native
-from luthier.engine.kernels import Seen
 from luthier.engine.native import kernels
 
 pytestmark = pytest.mark.skipif(
-    not (native.can_compile() and native._multiplies()),
+    not (native.can_compile() and native.multiplies()),
     reason="this CPU does not multiply bfloat16, or has a matrix unit: torch multiplies here",
 )
-SIZES, FEW = st.integers(1, 70), st.integers(1, 3)
+SIZES = st.integers(1, 70)
 
 
 def drawn(seed: int, *shapes: tuple[int, int]) -> list[torch.Tensor]:
@@ -78,44 +77,6 @@ def test_neither_product_is_rounded_before_their_sum() -> None:
     )  # 1 + 2^-8 would be rounded to 1
     y, v = torch.tensor([[2.0**-9]]).bfloat16(), torch.ones(1, 1).bfloat16()
     assert float(kernels(compiled=True).total(x, w, (y, v))) == 1 + 2**-7
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 9), FEW, FEW, SIZES, st.integers(0, 50), st.sampled_from([16, 48, 64]))
-def test_attentions_products_are_torchs_where_a_query_sees_the_key(
-    seed: int, count: int, heads: int, length: int, before: int, width: int
-) -> None:
-    seen, own, reach = Seen(length, before), kernels(compiled=True), before + length
-    noise = torch.Generator().manual_seed(seed)
-    q = torch.randn(count, heads * length, width, generator=noise).bfloat16()
-    k = torch.randn(count, reach + 9, width, generator=noise).bfloat16()[:, :reach]  # of a longer document
-    shown = ~seen.hidden(reach).repeat(heads, 1)
-    weights = torch.rand(count, heads * length, reach, generator=noise).bfloat16() * shown
-
-    def near(found: torch.Tensor, exact: torch.Tensor) -> bool:
-        return bool((found.double() - exact).abs().max() <= 2**-8 * exact.abs().max() + 1e-5)
-
-    scores = own.against(q, k, seen).double()
-    assert near(torch.where(shown, scores, 0.0), (q.double() @ k.double().transpose(1, 2)) * shown)
-    assert near(own.mixed(weights, k, seen), weights.double() @ k.double())
-    assert near(own.collected(weights, q, seen), weights.double().transpose(1, 2) @ q.double())
-
-
-def test_attentions_bits_do_not_depend_on_threads_or_on_other_documents() -> None:
-    q, k = (x.view(3, -1, 64) for x in drawn(4, (3 * 300, 64), (3 * 170, 64)))
-    seen, own, threads = Seen(100, 70), kernels(compiled=True), torch.get_num_threads()
-
-    def all_three(part: slice) -> list[torch.Tensor]:
-        weights = own.soften(own.against(q[part], k[part], seen), seen, 0.1)
-        return [weights, own.mixed(weights, k[part], seen), own.collected(weights, q[part], seen)]
-
-    whole = all_three(slice(0, 3))
-    try:
-        torch.set_num_threads(2)
-        again = all_three(slice(1, 2))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(one[1:2], other) for one, other in zip(whole, again, strict=True))
 
 
 def test_other_kinds_of_numbers_are_torchs_work() -> None:

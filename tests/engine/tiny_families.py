@@ -22,11 +22,11 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 FAMILIES: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**SMALL),
+    "llama": lambda: LlamaConfig(**SMALL, head_dim=16),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16),
-    "mistral": lambda: MistralConfig(**SMALL, sliding_window=5, head_dim=8),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=5, head_dim=16),
     "gemma3": lambda: Gemma3TextConfig(
-        **SMALL, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+        **SMALL, head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
     ),
     "phi3": lambda: Phi3Config(**SMALL, sliding_window=7),
 }

@@ -36,7 +36,7 @@ def rows(lengths: list[int], shared: int = 0) -> list[Encoded]:
     return made
 
 
-def adapted(family: str, targets: Any, rank: int) -> tuple[Any, footprint.Shape]:
+def adapted(family: str, targets: Any, rank: int, compiled: bool = False) -> tuple[Any, footprint.Shape]:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=IMPLEMENTATION)
     names = [
@@ -47,7 +47,7 @@ def adapted(family: str, targets: Any, rank: int) -> tuple[Any, footprint.Shape]
     shape = footprint.shape(model, dict.fromkeys(names, rank), 4)
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=targets)
     model = get_peft_model(model, config)
-    fused.fuse(model, native.kernels(compiled=False))
+    fused.fuse(model, native.kernels(compiled))
     return model.train(), shape
 
 

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.engine import attention, batch, documents, head
+from luthier.engine import attention, batch, documents, flash, head, native
 from luthier.forecast import fit, footprint, layout
 from luthier.forecast.footprint import Checkpointing, How, Load, Stack
 from luthier.forecast.layout import Layout
+from luthier.template import Encoded
 from tests.engine.tiny_families import FAMILIES
 from tests.forecast.test_flops import adapted, rows
 
@@ -27,7 +28,7 @@ SHAPE = footprint.Shape(2, 64, 4, 2, 16, 128, 300, 100_000, 1000, 2, STACKS)
 def alone(tokens: int) -> Layout:
     pairs = tokens * tokens
     return Layout(
-        tokens, 64, tokens, pairs, pairs if tokens <= documents.SHORT else 0, (pairs, tokens), False
+        tokens, 64, tokens, pairs, pairs if tokens <= documents.SHORT else 0, (pairs, tokens), False, tokens
     )
 
 
@@ -132,7 +133,28 @@ def test_what_a_layer_keeps_is_what_autograd_holds(
     if window and long < max(lengths):
         pytest.skip("a document that is longer than its window is not streamed, which a layout does not know")
     monkeypatch.setattr(attention, "LONG", long)  # longer documents are streamed
-    given = rows(lengths, shared)
+    _hold_against_autograd((model, shape), rows(lengths, shared), How(tile=0))
+
+
+@pytest.mark.skipif(
+    not (native.can_compile() and flash.knows(torch.float32, 16)),
+    reason="this CPU has no AVX2, or no compiler",
+)
+@pytest.mark.parametrize(("family", "targets"), KEEPING, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "shared"), [([20, 9, 31], 0), ([40, 37, 50], 32), ([300, 20], 0), ([1300, 20], 0)]
+)
+def test_attention_in_one_piece_keeps_no_scores(
+    family: str, targets: Any, lengths: list[int], shared: int
+) -> None:
+    model, shape = adapted(family, targets, 4, compiled=True)
+    way = How(tile=0, compiled=True, flash=flash.knows(torch.float32, shape.head_width))
+    _hold_against_autograd((model, shape), rows(lengths, shared), way)
+
+
+def _hold_against_autograd(made: tuple[Any, footprint.Shape], given: list[Encoded], how: How) -> None:
+    """What a micro-batch keeps, as the closed form says and as autograd does."""
+    model, shape = made
     inside = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     held: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # no address is used twice
@@ -147,8 +169,8 @@ def test_what_a_layer_keeps_is_what_autograd_holds(
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         head.batch_logps(model, batch.collate(given))
     at = layout.of(given)
-    activations, ends = footprint.moving_bytes(shape, at, How(tile=0))
-    passing = footprint.passing_bytes(shape, at, How())
+    activations, ends = footprint.moving_bytes(shape, at, how)
+    passing = footprint.passing_bytes(shape, at, how)
     assert sum(held.values()) == pytest.approx(activations + ends - passing, rel=0.02)
 
 

@@ -5,7 +5,7 @@ products; sliding windows as in Mistral (Jiang et al. 2023, arXiv 2310.06825): t
 q - window < k <= q. Documents of like length share one batched product (`engine.documents`). Probabilities of
 short documents are kept for the way back. Long ones attend in blocks of queries, each with the keys up to its
 own end, and their probabilities are computed again. Very long ones go through torch's own kernel, if no
-window is shorter than they are.
+window is shorter than they are. Where `engine.flash` has instructions for it, all of this is its work.
 
 What documents share is attended to where it lies, and computed once. Queries are a document's own tokens,
 keys the path's and its own. Those that follow the same path share one product over its keys, whose gradient
@@ -23,14 +23,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from luthier.engine import varlen
+from luthier.engine import flash, varlen
 from luthier.engine.documents import Documents, Group
 from luthier.engine.kernels import PLAIN, Kernels, Seen
 from luthier.errors import ModelError
@@ -105,6 +105,8 @@ def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) 
     q_THE, k_TKE, v_TKE = qkv
     if q_THE.is_cuda:
         return _on_gpu(qkv, turn, documents, how)
+    if how.formulas.flash and not how.dropout and flash.takes(q_THE, turn):
+        return flash.attention(qkv, turn, documents.units, flash.Sight(how.window, how.scale))
     longest = max(group.reach for group in documents.groups)
     # Under a window torch's kernel would want a mask of all pairs, and keep it.
     windowed = how.window is not None and how.window < longest
@@ -153,7 +155,7 @@ class _Attention(torch.autograd.Function):
             for block in group.blocks:
                 near = slice(0, block[1])
                 weights = _weights(_queries(q, group, block), (k[:, near], k_far), (group, block), how)
-                part = _mixed(weights, v[:, near], v_far, _sight(group, block, how))
+                part = _mixed(weights, v[:, near], v_far)
                 mixed = _put(mixed, part, group, block)
             if group.short:
                 kept.append(weights)
@@ -203,12 +205,11 @@ def _group_backward(
         near = slice(0, block[1])
         q_part, grad_part = (_queries(x, group, block) for x in (q, grad))
         weights = weighed[0] if weighed else _weights(q_part, (k[:, near], k_far), (group, block), how)
-        at = _sight(group, block, how)
-        v_part, v_owed = _collected(weights, grad_part, v_far, at)
-        against = _against(grad_part, v[:, near], v_far, at)
-        slope = how.formulas.soften_backward(against, weights, at.seen, how.scale)
-        k_part, k_owed = _collected(slope, q_part, k_far, at)
-        q_grad = _put(q_grad, _mixed(slope, k[:, near], k_far, at), group, block)
+        v_part, v_owed = _collected(weights, grad_part, v_far)
+        against = _against(grad_part, v[:, near], v_far)
+        slope = how.formulas.soften_backward(against, weights, _seen(group, block, how), how.scale)
+        k_part, k_owed = _collected(slope, q_part, k_far)
+        q_grad = _put(q_grad, _mixed(slope, k[:, near], k_far), group, block)
         if whole:
             k_grad, v_grad = k_part, v_part
         else:
@@ -273,11 +274,10 @@ def _owe(owed: dict[int, KeysValues], laid: Sequence[KeysValues], group: Group, 
         begin += length
 
 
-def _against(x: Tensor, near: Tensor, far: Tensor | None, at: Sight) -> Tensor:
+def _against(x: Tensor, near: Tensor, far: Tensor | None) -> Tensor:
     """x · (far, near)ᵀ: of each query with the path, which all documents share, and with its own document."""
     if far is None:
-        own: Tensor = at.formulas.against(x, near, at.seen)
-        return own
+        return torch.bmm(x, near.transpose(1, 2))
     before = far.shape[1]
     scores = x.new_empty(*x.shape[:2], before + near.shape[1])
     torch.bmm(_joined(x, far), far.transpose(1, 2), out=_joined(scores, far)[..., :before])
@@ -285,20 +285,19 @@ def _against(x: Tensor, near: Tensor, far: Tensor | None, at: Sight) -> Tensor:
     return scores
 
 
-def _mixed(weights: Tensor, near: Tensor, far: Tensor | None, at: Sight) -> Tensor:
+def _mixed(weights: Tensor, near: Tensor, far: Tensor | None) -> Tensor:
     """weights · (far, near)."""
     if far is None:
-        own: Tensor = at.formulas.mixed(weights, near, at.seen)
-        return own
+        return torch.bmm(weights, near)
     before = far.shape[1]
     path = torch.bmm(_joined(weights, far)[..., :before], far)
     return path.view(*weights.shape[:2], -1).baddbmm_(weights[..., before:], near)
 
 
-def _collected(weights: Tensor, x: Tensor, far: Tensor | None, at: Sight) -> tuple[Tensor, Tensor | None]:
+def _collected(weights: Tensor, x: Tensor, far: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """weightsᵀ · x: for each document's own tokens, and for the path as a sum over its documents."""
     if far is None:
-        return at.formulas.collected(weights, x, at.seen), None
+        return torch.bmm(weights.transpose(1, 2), x), None
     before = far.shape[1]
     path = torch.bmm(_joined(weights, far)[..., :before].transpose(1, 2), _joined(x, far))
     return torch.bmm(weights[..., before:].transpose(1, 2), x), path
@@ -323,20 +322,12 @@ def _weights(
     q: Tensor, keys: tuple[Tensor, Tensor | None], at: tuple[Group, tuple[int, int]], how: How
 ) -> Tensor:
     """Attention probabilities (K · documents, heads per K · block, keys) in the number type of `q`."""
-    sight = _sight(*at, how)
-    weights: Tensor = how.formulas.soften(_against(q, *keys, sight), sight.seen, how.scale)
+    weights: Tensor = how.formulas.soften(_against(q, *keys), _seen(*at, how), how.scale)
     return weights
 
 
-class Sight(NamedTuple):
-    """What the queries of a block see, and the formulas for it."""
-
-    formulas: Kernels
-    seen: Seen
-
-
-def _sight(group: Group, block: tuple[int, int], how: How) -> Sight:
-    return Sight(how.formulas, Seen(block[1] - block[0], group.before + block[0], how.window))
+def _seen(group: Group, block: tuple[int, int], how: How) -> Seen:
+    return Seen(block[1] - block[0], group.before + block[0], how.window)
 
 
 def _stacked(x_PHE: Tensor, group: Group, kv_heads: int) -> Tensor:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from luthier.engine import units
 
 SHORT = 256  # tokens; up to here a document's probabilities are kept for the way back, else computed again
 QUERIES = 256  # of a long document, in one block
@@ -60,23 +63,36 @@ class Group:
 
 @dataclass(frozen=True)
 class Documents:
-    """How a batch's tokens fall into documents; built once per batch, used by every layer."""
+    """How a batch's tokens fall into documents; laid out once per batch, used by every layer.
 
-    groups: tuple[Group, ...]
-    tokens: int
-    lengths_D: tuple[int, ...] = ()
+    parents_D: an earlier document that each one follows, -1 or empty: none.
+    """
+
+    lengths_D: tuple[int, ...]
     parents_D: tuple[int, ...] = ()
 
     @staticmethod
     def of(lengths_D: Sequence[int], parents_D: Sequence[int] = ()) -> Documents:
-        """Group neighbours that follow the same document: short ones unless one is more than twice another,
-        long ones if equal. `parents_D`: an earlier document that each one follows, -1 or empty: none."""
-        runs, through = grouped(lengths_D, parents_D)
+        return Documents(tuple(lengths_D), tuple(parents_D))
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(self.lengths_D)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Neighbours that follow the same document: short ones unless one is more than twice another, long
+        ones if equal."""
+        runs, through = grouped(self.lengths_D, self.parents_D)
         groups, start = [], 0
         for parent, run in runs:
             groups.append(_group(start, run, through[parent] if parent >= 0 else ()))
             start += sum(run)
-        return Documents(tuple(groups), start, tuple(lengths_D), tuple(parents_D))
+        return tuple(groups)
+
+    @cached_property
+    def units(self) -> units.Units:
+        return units.of(self.lengths_D, self.parents_D)
 
 
 Step = tuple[int, int, int]  # a document on a path: its group, its number there, its length

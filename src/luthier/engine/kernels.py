@@ -36,9 +36,7 @@ class Kernels:
     unturn: Kernel
     settle: Kernel
     total: Kernel
-    against: Kernel
-    mixed: Kernel
-    collected: Kernel
+    flash: bool = False  # whether attention may go through `engine.flash`
 
 
 @dataclass(frozen=True)
@@ -150,24 +148,6 @@ def total(x_M_K: Tensor, w_K_N: Tensor, more: tuple[Tensor, Tensor] | None = Non
     return x_M_K @ w_K_N if more is None else (more[0] @ more[1]).addmm_(x_M_K, w_K_N)
 
 
-def against(x_NME: Tensor, keys_NRE: Tensor, seen: Seen) -> Tensor:
-    """The scores of queries with keys; anything may stand where a query does not see the key."""
-    del seen
-    return torch.bmm(x_NME, keys_NRE.transpose(1, 2))
-
-
-def mixed(weights_NMR: Tensor, values_NRE: Tensor, seen: Seen) -> Tensor:
-    """weights · values, for weights that are 0 where a query does not see the key."""
-    del seen
-    return torch.bmm(weights_NMR, values_NRE)
-
-
-def collected(weights_NMR: Tensor, x_NME: Tensor, seen: Seen) -> Tensor:
-    """weightsᵀ · x, for such weights: what each key is sent by the queries that see it."""
-    del seen
-    return torch.bmm(weights_NMR.transpose(1, 2), x_NME)
-
-
 def _tanh_gelu(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
@@ -187,5 +167,4 @@ PLAIN = Kernels(
     gate={name: _gate(forward) for name, (forward, _) in ACTIVATIONS.items()},
     gate_backward={name: _gate_backward(*pair) for name, pair in ACTIVATIONS.items()},
     soften=soften, soften_backward=soften_backward, turn=turn, unturn=unturn, settle=settle, total=total,
-    against=against, mixed=mixed, collected=collected,
 )  # fmt: skip

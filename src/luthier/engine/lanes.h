@@ -96,6 +96,30 @@ inline Pair pair_of(const bf16* x, int) {
     return (__m512bh)_mm512_set1_epi32(both);
 }
 inline Lanes dot(Lanes sum, Line w, Pair x) { return _mm512_dpbf16_ps(sum, w, x); }
+inline Lanes line_of(const float* w, int) { return load(w); }
+inline Lanes pair_of(const float* x, int) { return all(*x); }
+inline Lanes dot(Lanes sum, Lanes w, Lanes x) { return fused(w, x, sum); }
+
+inline void transpose(Lanes* row) {  // 16 by 16: within quarters of a register, then quarters themselves
+    Lanes two[16];
+    for (int i = 0; i < 16; i += 2) {
+        two[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+        two[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            const __m512d one = _mm512_castps_pd(two[i + j]), other = _mm512_castps_pd(two[i + j + 2]);
+            row[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(one, other));
+            row[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(one, other));
+        }
+    for (int j = 0; j < 4; ++j) {
+        const Lanes even = _mm512_shuffle_f32x4(row[j], row[j + 4], 0x88), odd = _mm512_shuffle_f32x4(row[j], row[j + 4], 0xdd);
+        const Lanes even_too = _mm512_shuffle_f32x4(row[j + 8], row[j + 12], 0x88);
+        const Lanes odd_too = _mm512_shuffle_f32x4(row[j + 8], row[j + 12], 0xdd);
+        row[j] = _mm512_shuffle_f32x4(even, even_too, 0x88), row[j + 8] = _mm512_shuffle_f32x4(even, even_too, 0xdd);
+        row[j + 4] = _mm512_shuffle_f32x4(odd, odd_too, 0x88), row[j + 12] = _mm512_shuffle_f32x4(odd, odd_too, 0xdd);
+    }
+}
 
 inline bf16 kept(bf16 x) { return x; }  // as it lies in the cache
 inline void pass(const bf16* x, Passed* to, long count) { std::memcpy(to, x, sizeof(bf16) * count); }
@@ -202,9 +226,33 @@ inline Line line_of(const int8_t* w, int turn) {
     };
     return {half(_mm_loadu_si128((const __m128i*)w)), half(_mm_loadu_si128((const __m128i*)w + 1))};
 }
+inline Line line_of(const float* w, int) { return load(w); }
 inline Pair pair_of(const float* x, int turn) { return _mm256_broadcast_ss(x + turn); }
 inline Lanes dot(Lanes sum, Line w, Line x) { return fused(w, x, sum); }
 inline Lanes dot(Lanes sum, Line w, Pair x) { return {_mm256_fmadd_ps(w.low, x, sum.low), _mm256_fmadd_ps(w.high, x, sum.high)}; }
+
+inline void transpose(Lanes* row) {  // 16 by 16, in four pieces of 8 by 8
+    __m256 piece[2][2][8];  // by half of the columns, half of the rows
+    for (int low = 0; low < 2; ++low)
+        for (int top = 0; top < 2; ++top) {
+            __m256 two[8], four[8], *to = piece[low][top];
+            for (int i = 0; i < 8; i += 2) {
+                const Lanes one = row[8 * top + i], other = row[8 * top + i + 1];
+                two[i] = _mm256_unpacklo_ps(low ? one.high : one.low, low ? other.high : other.low);
+                two[i + 1] = _mm256_unpackhi_ps(low ? one.high : one.low, low ? other.high : other.low);
+            }
+            for (int i = 0; i < 8; i += 4)
+                for (int j = 0; j < 2; ++j) {
+                    four[i + 2 * j] = _mm256_shuffle_ps(two[i + j], two[i + j + 2], 0x44);
+                    four[i + 2 * j + 1] = _mm256_shuffle_ps(two[i + j], two[i + j + 2], 0xee);
+                }
+            for (int j = 0; j < 4; ++j) {
+                to[j] = _mm256_permute2f128_ps(four[j], four[j + 4], 0x20);
+                to[j + 4] = _mm256_permute2f128_ps(four[j], four[j + 4], 0x31);
+            }
+        }
+    for (int i = 0; i < 16; ++i) row[i] = {piece[i / 8][0][i % 8], piece[i / 8][1][i % 8]};
+}
 
 inline bf16 kept(float x) {
     uint32_t bits;

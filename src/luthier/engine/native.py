@@ -209,7 +209,7 @@ class _Job(ctypes.Structure):
 
 
 @cache
-def _multiplies() -> bool:
+def multiplies() -> bool:
     """Whether this CPU multiplies bfloat16 and has no matrix unit, which torch's products would use."""
     return "amx_bf16" not in cpu_flags() and bool(build(PRODUCTS).products_has())
 
@@ -229,7 +229,7 @@ def _total(x_M_K: Tensor, w_K_N: Tensor, more: tuple[Tensor, Tensor] | None = No
 
 def _multiplied(factors: tuple[Tensor, Tensor]) -> bool:
     plain_memory = 1 in factors[1].stride() and all(x.is_cpu and x.numel() for x in factors)
-    return plain_memory and all(x.dtype is torch.bfloat16 for x in factors) and _multiplies()
+    return plain_memory and all(x.dtype is torch.bfloat16 for x in factors) and multiplies()
 
 
 def _in_pairs(x_M_K: Tensor) -> Tensor:
@@ -246,51 +246,6 @@ def _described(x_M_K: Tensor, w_K_N: Tensor) -> _Factors:
     return _Factors(x_M_K.data_ptr(), w_K_N.data_ptr(), x_M_K.stride(0), line, len(w_K_N), across)
 
 
-class _Causal(ctypes.Structure):
-    _fields_ = [
-        ("first", _Factors),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("x_apart", "w_apart", "count", "rows", "columns", "round", "before")
-        ),
-        ("out", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-def _attended(name: str, pair: tuple[Tensor, Tensor], seen: Seen, out_NMR: Tensor) -> Tensor:
-    x, w = pair
-    first = _described(x[0], w[0])
-    at = (x.stride(0), w.stride(0), *out_NMR.shape, seen.length, seen.before, out_NMR.data_ptr())
-    getattr(build(PRODUCTS), f"products_{name}")(ctypes.byref(_Causal(first, *at)))
-    return out_NMR
-
-
-def _attends(x: Tensor, y: Tensor) -> bool:
-    known = all(a.is_cpu and a.numel() and a.dtype is torch.bfloat16 and a.stride(2) == 1 for a in (x, y))
-    return known and _multiplies()
-
-
-def _against(x_NME: Tensor, keys_NRE: Tensor, seen: Seen) -> Tensor:
-    if not _attends(x_NME, keys_NRE):
-        return plain.against(x_NME, keys_NRE, seen)
-    out_NMR = x_NME.new_empty(*x_NME.shape[:2], keys_NRE.shape[1])
-    return _attended("against", (x_NME, keys_NRE.transpose(1, 2)), seen, out_NMR)
-
-
-def _mixed(weights_NMR: Tensor, values_NRE: Tensor, seen: Seen) -> Tensor:
-    if not _attends(weights_NMR, values_NRE):
-        return plain.mixed(weights_NMR, values_NRE, seen)
-    out_NME = weights_NMR.new_empty(*weights_NMR.shape[:2], values_NRE.shape[2])
-    return _attended("mixed", (weights_NMR, values_NRE), seen, out_NME)
-
-
-def _collected(weights_NMR: Tensor, x_NME: Tensor, seen: Seen) -> Tensor:
-    if not _attends(weights_NMR, x_NME) or x_NME.shape[2] % 16:
-        return plain.collected(weights_NMR, x_NME, seen)
-    out_NRE = x_NME.new_empty(len(x_NME), weights_NMR.shape[2], x_NME.shape[2])
-    return _attended("collected", (x_NME, weights_NMR), seen, out_NRE)
-
-
 @cache
 def _compiled() -> Kernels:
     _library()
@@ -298,5 +253,5 @@ def _compiled() -> Kernels:
         norm=_norm, norm_backward=_norm_backward,
         gate=PLAIN.gate | {"silu": _silu}, gate_backward=PLAIN.gate_backward | {"silu": _silu_backward},
         soften=_soften, soften_backward=_soften_backward, turn=_turn, unturn=_unturn, settle=_settle,
-        total=_total, against=_against, mixed=_mixed, collected=_collected,
+        total=_total, flash=True,
     )  # fmt: skip

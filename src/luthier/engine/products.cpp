@@ -1,4 +1,4 @@
-// Sums of products of bfloat16 matrices, C = X W + Y V, and attention's, for a CPU that multiplies bfloat16 (AVX-512).
+// Sums of products of bfloat16 matrices, C = X W + Y V, for a CPU that multiplies bfloat16 (AVX-512).
 //
 // Sources: panels of the right factor packed as they are multiplied, as in GotoBLAS (Goto & van de Geijn 2008, ACM
 // TOMS 34(3)); registers as in tiles.h. A panel is packed when it is needed and thrown away, so weights
@@ -87,128 +87,9 @@ void unit(const Job& job, long column, long first, long last, std::vector<bf16>*
     }
 }
 
-// ---- attention ---------------------------------------------------------------------------------------------
-
-struct Causal {  // `count` matrices like the first, `x_apart`, `w_apart` apart
-    Factors first;
-    int64_t x_apart, w_apart, count, rows, columns;
-    int64_t round, before;  // rows are rounds of queries, of which the first sees one key more than `before`
-    bf16* out;
-
-    long reach(long row, long rows) const {  // how many keys the last sighted of these rows sees
-        const long from = row % round;
-        return before + (from + rows < round ? from + rows : round);
-    }
-};
-
-// Rows, 12 at most, with zeros behind an odd number of them.
-inline const bf16* even(const bf16* x, long stride, long rows, long depth, std::vector<bf16>& room) {
-    room.assign(rows * (depth + 1), 0);
-    for (long r = 0; r < rows; ++r) std::memcpy(room.data() + r * (depth + 1), x + r * stride, depth * sizeof(bf16));
-    return room.data();
-}
-
-// X W for rows first ... last of matrix n and two tiles of columns. What no row sees is left out: where columns are
-// keys, tiles behind the last (nothing is written there); where the sum runs over keys, those behind the last.
-template <bool DEEP>
-void attended(const Causal& job, long n, long column, long first, long last, std::vector<bf16>* rooms) {
-    Factors of = job.first;
-    of.x += n * job.x_apart, of.w += n * job.w_apart;
-    const long tiles = job.columns - column > TILE ? 2 : 1, pairs = (of.depth + 1) / 2;
-    const bf16* panel = packed(of, column, job.columns, tiles, rooms[0]);
-    bf16* out = job.out + n * job.rows * job.columns;
-    alignas(64) float sum[2 * ROWS * TILE];
-    for (long row = first; row < last; row += ROWS) {
-        const long rows = last - row < ROWS ? last - row : ROWS, reach = job.reach(row, rows);
-        if (!DEEP && column >= reach) continue;
-        const long deep = DEEP && (reach + 1) / 2 < pairs ? (reach + 1) / 2 : pairs;
-        const bool odd = 2 * deep > of.depth;
-        const bf16* x = of.x + row * of.x_row;
-        if (odd) x = even(x, of.x_row, rows, of.depth, rooms[1]);
-        some(tiles, panel, pairs * 2 * TILE, x, odd ? of.depth + 1 : of.x_row, rows, deep, sum);
-        for (long i = 0; i < tiles; ++i) {
-            const long left = job.columns - column - i * TILE;
-            for (long r = 0; r < rows; ++r)
-                put(left, out + (row + r) * job.columns + column + i * TILE,
-                    _mm512_load_ps(sum + (i * ROWS + r) * TILE));
-        }
-    }
-}
-
-// W^T X for two tiles of keys of matrix n, given X^T as (columns, depth): what each key is sent by those who see it.
-void gathered(const Causal& job, const bf16* turned, long stride, long n, long key, std::vector<bf16>* rooms) {
-    const long keys = job.rows, width = job.columns, depth = job.first.depth, tiles = keys - key > TILE ? 2 : 1;
-    const long blind = key > job.before ? key - job.before : 0;  // rows of a round that do not see the first of them
-    std::vector<float> total(width * 2 * TILE);
-    alignas(64) float sum[2 * ROWS * TILE];
-    for (long begin = 0; begin < depth; begin += job.round) {
-        Factors of = job.first;
-        of.w += n * job.w_apart + (begin + blind) * of.w_line, of.depth = job.round - blind;
-        const long pairs = (of.depth + 1) / 2;
-        const bf16* panel = packed(of, key, keys, tiles, rooms[0]);
-        for (long c = 0; c < width; c += ROWS) {
-            const long rows = width - c < ROWS ? width - c : ROWS;
-            some(tiles, panel, pairs * 2 * TILE, turned + c * stride + begin + blind, stride, rows, pairs, sum);
-            for (long i = 0; i < tiles; ++i)
-                for (long r = 0; r < rows; ++r) {
-                    float* to = total.data() + (c + r) * 2 * TILE + i * TILE;
-                    const __m512 more = _mm512_load_ps(sum + (i * ROWS + r) * TILE);
-                    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), more));
-                }
-        }
-    }
-    const __m512i apart = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                             _mm512_set1_epi32(2 * TILE));
-    for (long k = 0; k < 2 * TILE && key + k < keys; ++k)
-        for (long c = 0; c < width; c += TILE)
-            put(job.out + (n * keys + key + k) * width + c,
-                _mm512_i32gather_ps(apart, total.data() + c * 2 * TILE + k, 4));
-}
-
-template <bool DEEP>
-void attend(const Causal& job) {
-    const long units = (job.columns + 2 * TILE - 1) / (2 * TILE), pieces = (job.rows + 32 * ROWS - 1) / (32 * ROWS);
-#pragma omp parallel
-    {
-        std::vector<bf16> rooms[2];
-#pragma omp for schedule(dynamic)
-        for (long number = 0; number < job.count * units * pieces; ++number) {
-            const long first = number % pieces * 32 * ROWS, last = first + 32 * ROWS;
-            const long n = number / pieces / units, column = number / pieces % units * 2 * TILE;
-            attended<DEEP>(job, n, column, first, last < job.rows ? last : job.rows, rooms);
-        }
-    }
-}
-
 }  // namespace
 
 extern "C" {
-
-void products_against(const Causal* job) { attend<false>(*job); }
-void products_mixed(const Causal* job) { attend<true>(*job); }
-
-void products_collected(const Causal* job) {
-    const long depth = job->first.depth, width = job->columns, stride = depth + 2;
-    const long units = (job->rows + 2 * TILE - 1) / (2 * TILE);
-    std::vector<bf16> turned(job->count * width * stride);
-#pragma omp parallel
-    {
-        std::vector<bf16> rooms[1];
-#pragma omp for schedule(dynamic)
-        for (long part = 0; part < job->count * (width / TILE); ++part) {
-            const long n = part / (width / TILE), c = part % (width / TILE) * TILE;
-            const bf16* x = job->first.x + n * job->x_apart + c;
-            bf16* to = turned.data() + (n * width + c) * stride;
-            for (long d = 0; d < depth; ++d)
-                for (long i = 0; i < TILE; ++i) to[i * stride + d] = x[d * job->first.x_row + i];
-        }
-#pragma omp for schedule(dynamic)
-        for (long number = 0; number < job->count * units; ++number) {
-            const long n = number / units;
-            gathered(*job, turned.data() + n * width * stride, stride, n, number % units * 2 * TILE, rooms);
-        }
-    }
-}
 
 long products_has() { return 1; }
 

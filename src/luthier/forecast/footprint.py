@@ -77,6 +77,7 @@ class Shape:
     stacks:   of one layer, in the order they run: queries to values, attention's output, gate and up, down.
     mapped:   weights are read where the file lies in memory; stacked ones exist a second time.
     norms:    of one layer's width; those beyond two stand behind a product, whose output they keep.
+    turns:    kinds of rotary tables; Gemma 3 has one for each kind of layer.
     """
 
     layers: int
@@ -93,6 +94,7 @@ class Shape:
     qk_norm: bool = False
     mapped: bool = False
     norms: int = 2
+    turns: int = 1
 
     @property
     def queries(self) -> int:
@@ -129,6 +131,7 @@ def shape(outline: Any, ranks: Mapping[str, int], weight_bytes: int, mapped: boo
         trainable=sum(ranks[name] * (part.in_features + part.out_features) for name, part in adapted.items()),
         weight_bytes=weight_bytes, stacks=_stacks(linears), mapped=mapped,
         qk_norm=any(name.endswith("q_norm") for name, _ in layers[0].named_modules()),
+        turns=max(1, sum(isinstance(x, dict) for x in dict(getattr(text, "rope_parameters", {})).values())),
         norms=sum(name.endswith("layernorm") for name, _ in layers[0].named_children()),
     )  # fmt: skip
 
@@ -158,6 +161,7 @@ class How:
         whose memory holds checkpoints until they are on disk.
     fragmentation: what freed pieces that fit nothing take of what comes and goes (`lost_bytes`).
     sampling_bytes: what the same process holds to sample answers, beside all of training.
+    flash: attention keeps what came in and went out, no scores (`engine.flash`, and kernels of a GPU).
     """
 
     checkpointing: Checkpointing = Checkpointing.NONE
@@ -169,6 +173,7 @@ class How:
     here: bool = True
     product_bytes: int = PRODUCT_BYTES
     sampling_bytes: int = 0
+    flash: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,9 @@ class Forecast:
         return {kind: round(8 * getattr(self, kind) / parameters, 3) for kind in kinds}
 
 
-def layer_bytes(shape: Shape, at: Layout, checkpointing: Checkpointing = Checkpointing.NONE) -> int:
+def layer_bytes(
+    shape: Shape, at: Layout, checkpointing: Checkpointing = Checkpointing.NONE, flash: bool = False
+) -> int:
     """What one decoder layer keeps from the forward to the backward pass."""
     c, d, tokens = shape.weight_bytes, shape.width, at.tokens
     if checkpointing is Checkpointing.FULL:
@@ -209,10 +216,13 @@ def layer_bytes(shape: Shape, at: Layout, checkpointing: Checkpointing = Checkpo
     norms += tokens * max(0, shape.norms - 2) * (c * d + FLOAT32)
     if shape.qk_norm:
         norms += tokens * (c * (shape.queries + shape.keys) + FLOAT32 * (shape.heads + shape.kv_heads))
-    attention = c * at.places * (shape.queries + 2 * shape.keys) + c * shape.heads * at.kept
-    if at.streamed:
-        attention += at.places * shape.heads * (c * shape.head_width + FLOAT32)
-    out = c * tokens * shape.queries if shape.stacks[1].rank else 0  # the input of attention's last product
+    out = c * tokens * shape.queries  # of attention, and the input of its last product
+    if flash:
+        attention = c * tokens * (shape.queries + 2 * shape.keys) + FLOAT32 * tokens * shape.heads
+    else:
+        attention = c * at.places * (shape.queries + 2 * shape.keys) + c * shape.heads * at.kept
+        attention += at.places * shape.heads * (c * shape.head_width + FLOAT32) if at.streamed else 0
+        out = out if shape.stacks[1].rank else 0
     low = c * sum(stack.low + tokens * stack.rank for stack in shape.stacks)
     both = 0 if checkpointing is Checkpointing.SELECTIVE else c * tokens * 2 * shape.inner
     return norms + attention + out + low + both
@@ -227,6 +237,8 @@ def passing_bytes(shape: Shape, at: Layout, how: How) -> int:
     pairs, places = at.widest
     each = 2 * c if how.compiled else 2 * c + 16  # of a pair: its weight, its gradient, float32 between
     scores = 0 if at.streamed else shape.heads * pairs * each + c * 2 * places * shape.queries
+    if how.flash:
+        scores = FLOAT32 * at.slots * 2 * shape.keys
     sent = c * tokens * (2 * shape.queries + 2 * shape.keys + shape.width)
     freed = 0 if how.checkpointing is Checkpointing.SELECTIVE else c * tokens * 2 * shape.inner
     return max(gated, scores + sent - freed)
@@ -244,8 +256,9 @@ def looking_bytes(shape: Shape, at: Layout, how: How) -> int:
 def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
     """(activations, head) of one micro-batch, when they are most together."""
     c, d = shape.weight_bytes, shape.width
-    # The first norm keeps nothing, the last one does. Rotary tables are the same for all layers.
-    kept = shape.layers * layer_bytes(shape, at, how.checkpointing) + 2 * c * shape.head_width * at.tokens
+    # The first norm keeps nothing, the last one does. Rotary tables are the same for all layers of a kind.
+    each_layer = layer_bytes(shape, at, how.checkpointing, how.flash)
+    kept = shape.layers * each_layer + 2 * c * shape.turns * shape.head_width * at.tokens
     slope = c * d * at.loss_tokens
     rows = min(how.tile, at.loss_tokens)
     each = c if how.compiled else 2 * FLOAT32 + c  # of a logit: compiled, it becomes its gradient in place
@@ -253,7 +266,7 @@ def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
     tile += c * d * (at.tokens + at.loss_tokens)
     passing = passing_bytes(shape, at, how)
     if how.checkpointing is Checkpointing.FULL:
-        passing += layer_bytes(shape, at)
+        passing += layer_bytes(shape, at, flash=how.flash)
     return (kept + passing, slope) if passing >= tile else (kept, tile + slope)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier.engine import attention, batch, documents, trie
+from luthier.engine import attention, batch, documents, trie, units
 from luthier.template import Encoded
 
 
@@ -27,6 +27,9 @@ class Layout:
     kept:        those of `pairs` whose probabilities are kept for the way back.
     widest:      the most of them in one block of queries, and the places of its group.
     streamed:    attention runs through torch's kernel, which holds no pairs (windows aside).
+    slots:       of keys, for what each unit of `engine.flash` sends to them.
+
+    All but the first two and the last are for attention as batched products.
     """
 
     tokens: int
@@ -36,6 +39,7 @@ class Layout:
     kept: int
     widest: tuple[int, int]
     streamed: bool
+    slots: int
 
 
 def of(rows: Sequence[Encoded]) -> Layout:
@@ -44,7 +48,8 @@ def of(rows: Sequence[Encoded]) -> Layout:
     lengths = [part.stop - part.start for part in tree.segments]
     shares = sum(lengths) < sum(len(row.ids) for row in rows)
     parents = [part.parent for part in tree.segments] if shares else []
-    runs, through = documents.grouped(lengths if shares else [len(row.ids) for row in rows], parents)
+    laid = lengths if shares else [len(row.ids) for row in rows]
+    runs, through = documents.grouped(laid, parents)
     groups = []  # (places, pairs, those of the widest block of queries, reach)
     for parent, run in runs:
         before = sum(length for _, _, length in through[parent]) if parent >= 0 else 0
@@ -61,6 +66,7 @@ def of(rows: Sequence[Encoded]) -> Layout:
         kept=sum(pairs for _, pairs, _, reach in groups if reach <= documents.SHORT),
         widest=max((widest, places) for places, _, widest, _ in groups),
         streamed=max(reach for *_, reach in groups) > attention.LONG,
+        slots=units.slots(laid, parents),
     )
 
 

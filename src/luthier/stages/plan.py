@@ -22,7 +22,7 @@ import torch
 from luthier import artifacts, template
 from luthier.devices import DEVICES, Device
 from luthier.engine import base as bases
-from luthier.engine import batch, native
+from luthier.engine import batch, flash, native
 from luthier.errors import DataError, PlanError
 from luthier.forecast import fit, flops, footprint, host, layout, pace
 from luthier.forecast.footprint import Checkpointing
@@ -129,6 +129,8 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
         mapped=device is None and bases.stored(folder) == {dtype},
     )  # fmt: skip
     way = how(device, native.can_compile())
+    if way.here and way.compiled:
+        way = replace(way, flash=flash.knows(getattr(torch, dtype), shape.head_width))
     if _sampling.wanted(phase):
         longest = max(len(one.ids) for one in batch.flat(train))
         way, validation = replace(way, sampling_bytes=_sampling.held_bytes(shape, phase, longest)), []
