@@ -116,7 +116,8 @@ def _job(qkv: Qkv, at: tuple[Turn | None, Units, Sight], **more: Tensor) -> _Job
     return _Job(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         q_row=q.stride(0), k_row=k.stride(0), v_row=v.stride(0), tokens=len(q),
-        turned=0 if turn is None else turn[0].shape[1], heads=q.shape[1], kv_heads=k.shape[1], width=q.shape[2], window=sight.window or 0,
+        turned=0 if turn is None else turn[0].shape[1],
+        heads=q.shape[1], kv_heads=k.shape[1], width=q.shape[2], window=sight.window or 0,
         count=len(laid.units), document_count=len(laid.documents), slots=laid.slots, scale=sight.scale,
     )  # fmt: skip
 
