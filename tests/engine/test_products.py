@@ -41,6 +41,18 @@ def test_a_sum_of_products_is_float32s_rounded_once(
         assert (found.double() - exact).abs().max() <= 2**-8 * exact.abs().max() + 1e-5
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9), st.integers(1, 600), SIZES, st.integers(1, 300))
+def test_a_sum_of_outer_products_is_float32s(seed: int, tokens: int, rank: int, columns: int) -> None:
+    wide_x, wide_y = drawn(seed, (tokens, rank + 20), (tokens, columns + 20))
+    wide_x[:, rank:] = wide_y[:, columns:] = torch.nan  # neighbours in memory
+    x, y = wide_x[:, :rank], wide_y[:, :columns]
+    exact = x.double().T @ y.double()
+    found = kernels(compiled=True).outer(x, y)
+    assert found.dtype is torch.float32 and found.is_contiguous()
+    assert (found.double() - exact).abs().max() <= 1e-5 * exact.abs().max() + 1e-6
+
+
 def test_parts_of_larger_matrices_are_multiplied_where_they_lie() -> None:
     x, w = drawn(0, (40, 64), (96, 64))
     part = x[:, 7:40]
@@ -59,11 +71,15 @@ def test_what_lies_around_a_matrix_never_gets_into_a_sum() -> None:
 
 def test_bits_do_not_depend_on_threads_or_on_other_rows() -> None:
     x, w, y, v = drawn(2, (333, 576), (576, 200), (333, 16), (16, 200))
-    total, threads = kernels(compiled=True).total, torch.get_num_threads()
-    whole = total(x, w, (y, v))
+    total, outer, threads = (
+        kernels(compiled=True).total,
+        kernels(compiled=True).outer,
+        torch.get_num_threads(),
+    )
+    whole, thin = total(x, w, (y, v)), outer(y, x)
     try:
-        torch.set_num_threads(2)
-        assert torch.equal(total(x, w, (y, v)), whole)
+        torch.set_num_threads(3 - min(threads, 2))
+        assert torch.equal(total(x, w, (y, v)), whole) and torch.equal(outer(y, x), thin)
     finally:
         torch.set_num_threads(threads)
     some = slice(100, 107)
@@ -82,3 +98,4 @@ def test_neither_product_is_rounded_before_their_sum() -> None:
 def test_other_kinds_of_numbers_are_torchs_work() -> None:
     x, w = (one.float() for one in drawn(3, (9, 8), (8, 7)))
     assert torch.equal(kernels(compiled=True).total(x, w), plain.total(x, w))
+    assert torch.equal(kernels(compiled=True).outer(x, x), plain.outer(x, x))

@@ -74,7 +74,7 @@ class Stack:
     """Linear layers that read the same input, as one product (T, E) to (T, O)."""
 
     def __init__(self, parts: Sequence[Part], formulas: Kernels = PLAIN) -> None:
-        self.parts, self._total = tuple(parts), formulas.total
+        self.parts, self._total, self._outer = tuple(parts), formulas.total, formulas.outer
         linears = [part.linear for part in parts]
         self.sizes = [linear.out_features for linear in linears]
         if len(linears) == 1:
@@ -139,10 +139,10 @@ class Stack:
         (grad_T_O, grad_T_R), (x_T_E, x_T_R) = grads, inputs
         if grad_T_R is None or x_T_R is None:
             return []
-        grad_R_E = self._total(grad_T_R.T, x_T_E)
+        grad_R_E = self._outer(grad_T_R, x_T_E)
         found: list[Tensor] = []
         for (rows, columns), scale, a in zip(self._places, self._scales, adapters[::2], strict=True):
-            grad_r_o = self._total(x_T_R[:, columns].T, grad_T_O[:, rows])
+            grad_r_o = self._outer(x_T_R[:, columns], grad_T_O[:, rows])
             grad_o_r = grad_r_o.T.to(a.dtype, memory_format=torch.contiguous_format)
             found += [grad_R_E[columns].to(a.dtype), grad_o_r.mul_(scale)]
         return found

@@ -36,6 +36,7 @@ class Kernels:
     unturn: Kernel
     settle: Kernel
     total: Kernel
+    outer: Kernel
     flash: bool = False  # whether attention may go through `engine.flash`
 
 
@@ -148,6 +149,11 @@ def total(x_M_K: Tensor, w_K_N: Tensor, more: tuple[Tensor, Tensor] | None = Non
     return x_M_K @ w_K_N if more is None else (more[0] @ more[1]).addmm_(x_M_K, w_K_N)
 
 
+def outer(x_T_M: Tensor, y_T_N: Tensor) -> Tensor:
+    """x^T y as float32 (M, N): the sum over all tokens of the outer product of their rows."""
+    return (x_T_M.T @ y_T_N).float()
+
+
 def _tanh_gelu(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
@@ -167,4 +173,5 @@ PLAIN = Kernels(
     gate={name: _gate(forward) for name, (forward, _) in ACTIVATIONS.items()},
     gate_backward={name: _gate_backward(*pair) for name, pair in ACTIVATIONS.items()},
     soften=soften, soften_backward=soften_backward, turn=turn, unturn=unturn, settle=settle, total=total,
+    outer=outer,
 )  # fmt: skip

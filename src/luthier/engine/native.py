@@ -193,6 +193,14 @@ def _settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor
     return logp_N, right_N, logits_N_V
 
 
+class _Thin(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w")),
+        *((name, ctypes.c_int64) for name in ("x_line", "w_line", "depth", "rows", "columns")),
+        ("out", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 class _Factors(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "w")),
@@ -227,6 +235,17 @@ def _total(x_M_K: Tensor, w_K_N: Tensor, more: tuple[Tensor, Tensor] | None = No
     return out_M_N
 
 
+def _outer(x_T_M: Tensor, y_T_N: Tensor) -> Tensor:
+    if not _multiplied((x_T_M, y_T_N)) or (x_T_M.stride(1), y_T_N.stride(1)) != (1, 1):
+        return plain.outer(x_T_M, y_T_N)
+    out_M_N = torch.empty(x_T_M.shape[1], y_T_N.shape[1])
+    at = (x_T_M.stride(0), y_T_N.stride(0), len(x_T_M), *out_M_N.shape)
+    build(PRODUCTS).products_thin(
+        ctypes.byref(_Thin(x_T_M.data_ptr(), y_T_N.data_ptr(), *at, out_M_N.data_ptr()))
+    )
+    return out_M_N
+
+
 def _multiplied(factors: tuple[Tensor, Tensor]) -> bool:
     plain_memory = 1 in factors[1].stride() and all(x.is_cpu and x.numel() for x in factors)
     return plain_memory and all(x.dtype is torch.bfloat16 for x in factors) and multiplies()
@@ -253,5 +272,5 @@ def _compiled() -> Kernels:
         norm=_norm, norm_backward=_norm_backward,
         gate=PLAIN.gate | {"silu": _silu}, gate_backward=PLAIN.gate_backward | {"silu": _silu_backward},
         soften=_soften, soften_backward=_soften_backward, turn=_turn, unturn=_unturn, settle=_settle,
-        total=_total, flash=True,
+        total=_total, outer=_outer, flash=True,
     )  # fmt: skip

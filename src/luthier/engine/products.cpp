@@ -1,12 +1,14 @@
-// Sums of products of bfloat16 matrices, C = X W + Y V, for a CPU that multiplies bfloat16 (AVX-512).
+// Sums of products of bfloat16 matrices for a CPU that multiplies bfloat16 (AVX-512): C = X W + Y V, and the thin
+// C = X^T W of an adapter's gradient, a sum over all tokens.
 //
 // Sources: panels of the right factor packed as they are multiplied, as in GotoBLAS (Goto & van de Geijn 2008, ACM
 // TOMS 34(3)); registers as in tiles.h. A panel is packed when it is needed and thrown away, so weights
 // lie in memory once, and either way round. Sums are float32 in one order, whatever the number of threads: each of the
-// two products from its first pair to its last, then one and the other.
+// two products from its first pair to its last, then one and the other. The thin product reads W once, where it lies:
+// a stretch of rows at a time, so that what is read in small pieces has come into the cache in large ones.
 //
-// It does not know layers or tensors: engine/native.py checks what it is given. A left factor's rows are read in pairs;
-// where the length is odd, what lies behind the last number of a row must be a number.
+// It does not know layers or tensors: engine/native.py checks what it is given. Of X W + Y V a left factor's rows are
+// read in pairs; where the length is odd, what lies behind the last number of a row must be a number.
 
 #include "tiles.h"
 
@@ -28,6 +30,22 @@ struct Job {
     bf16* out;  // (rows, columns)
 };
 
+struct Thin {
+    const bf16 *x, *w;   // (depth, rows) and (depth, columns); lines lie `x_line` and `w_line` apart
+    int64_t x_line, w_line, depth, rows, columns;
+    float* out;          // (rows, columns)
+};
+
+constexpr long STRETCH = 128;  // pairs of lines that a thin product goes through at a time ...
+constexpr long BAND = 128;     // ... of so many columns
+
+// Sixteen numbers of one line, each beside the one below it; zeros without a line below.
+inline __m512i beside(const bf16* line, const bf16* below, __mmask16 some) {
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, line));
+    const __m512i odd = below ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, below)) : _mm512_setzero_si512();
+    return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+}
+
 // Columns first ... first + 16 of W as (pairs, 16, 2), zeros behind its edges.
 void pack(const Factors& of, long first, long columns, bf16* to) {
     const long width = columns - first < TILE ? columns - first : TILE;
@@ -46,9 +64,7 @@ void pack(const Factors& of, long first, long columns, bf16* to) {
             } else pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, apart, at, 1);
         } else {
             const bf16* at = of.w + 2 * p * of.w_line + first;
-            const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, at));
-            const __m512i next = odd ? _mm512_setzero_si512() : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, at + of.w_line));
-            pairs = _mm512_or_si512(even, _mm512_slli_epi32(next, 16));
+            pairs = beside(at, odd ? nullptr : at + of.w_line, some);
         }
         _mm512_storeu_si512(to, pairs);
     }
@@ -87,6 +103,26 @@ void unit(const Job& job, long column, long first, long last, std::vector<bf16>*
     }
 }
 
+// Sixteen columns for sixteen rows and the lines of one stretch, onto what is there.
+inline void onto(const Thin& job, const bf16* left, long row, long column, long from, long until) {
+    const long rows = job.rows - row < TILE ? job.rows - row : TILE;
+    const __mmask16 some = first(job.columns - column);
+    float* out = job.out + row * job.columns + column;
+    Lanes sum[TILE];
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE; ++r)
+        sum[r] = from && r < rows ? _mm512_maskz_loadu_ps(some, out + r * job.columns) : zero();
+    for (long p = from; p < until; ++p) {
+        const bf16* line = job.w + 2 * p * job.w_line + column;
+        const Line pairs = (Line)beside(line, 2 * p + 1 < job.depth ? line + job.w_line : nullptr, some);
+#pragma GCC unroll 16
+        for (int r = 0; r < TILE; ++r) sum[r] = dot(sum[r], pairs, pair_of(left + 2 * (p * TILE + r), 0));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE; ++r)
+        if (r < rows) _mm512_mask_storeu_ps(out + r * job.columns, some, sum[r]);
+}
+
 }  // namespace
 
 extern "C" {
@@ -105,6 +141,32 @@ void products_total(const Job* job) {
         for (long number = 0; number < units * pieces; ++number) {
             const long first = number % pieces * each, last = first + each < job->rows ? first + each : job->rows;
             if (first < last) unit(*job, number / pieces * 2 * TILE, first, last, rooms);
+        }
+    }
+}
+
+void products_thin(const Thin* job) {
+    const long pairs = (job->depth + 1) / 2, groups = (job->rows + TILE - 1) / TILE;
+    std::vector<bf16> room(groups * pairs * 2 * TILE + 32);  // X as (groups of 16, pairs, 16, 2)
+    bf16* left = (bf16*)((uintptr_t(room.data()) + 63) & ~uintptr_t(63));
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long p = 0; p < pairs; ++p)
+            for (long g = 0; g < groups; ++g) {
+                const bf16* line = job->x + 2 * p * job->x_line + g * TILE;
+                const bf16* below = 2 * p + 1 < job->depth ? line + job->x_line : nullptr;
+                _mm512_store_si512(left + (g * pairs + p) * 2 * TILE, beside(line, below, first(job->rows - g * TILE)));
+            }
+#pragma omp for schedule(dynamic)
+        for (long start = 0; start < job->columns; start += BAND) {
+            const long end = start + BAND < job->columns ? start + BAND : job->columns;
+            for (long from = 0; from < pairs; from += STRETCH) {
+                const long until = from + STRETCH < pairs ? from + STRETCH : pairs;
+                for (long g = 0; g < groups; ++g)
+                    for (long column = start; column < end; column += TILE)
+                        onto(*job, left + g * pairs * 2 * TILE, g * TILE, column, from, until);
+            }
         }
     }
 }
