@@ -51,6 +51,7 @@ ABLATIONS = {
             "plain-layers",
             "uncompiled",
             "sdpa",
+            "grouped",
             "torch-products",
             "whole-head",
         )

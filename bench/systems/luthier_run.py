@@ -81,7 +81,7 @@ def formulas(ideas: Ideas) -> Any:
     found = replace(found, flash=found.flash and ideas.flash and ideas.own_attention)
     if ideas.own_products:
         return found
-    return replace(found, total=PLAIN.total)
+    return replace(found, total=PLAIN.total, outer=PLAIN.outer)
 
 
 def prepare(job: Job, ideas: Ideas) -> Any:
