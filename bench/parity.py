@@ -22,9 +22,9 @@ from peft import PeftModel
 from run import keep, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luthier.engine.decoder import Decoder
-from luthier.engine.growing import Room
-from luthier.engine.sampling import Chooser, Sampling
+from luthier.inference.decoder import Decoder
+from luthier.inference.growing import Room
+from luthier.inference.sampling import Chooser, Sampling
 
 
 def main() -> None:

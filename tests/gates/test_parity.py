@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from luthier.engine.generate import Runtime
-from luthier.engine.sampling import Sampling
 from luthier.gates import Evidence
 from luthier.gates.parity import Params, _rounding, check
-from tests.engine.test_generate import make_adapter
+from luthier.inference.generate import Runtime
+from luthier.inference.sampling import Sampling
 from tests.gates.evidence import evidence
+from tests.inference.test_generate import make_adapter
 from tests.tiny import make_tiny_base
 
 STOP = frozenset({2})

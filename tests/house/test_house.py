@@ -97,11 +97,11 @@ def test_no_handler_is_bare_and_none_is_silent() -> None:
     assert not found
 
 
-def test_the_engine_and_the_forecast_know_no_part_by_name() -> None:
+def test_engine_inference_and_forecast_know_no_part_by_name() -> None:
     names = {name for family in plugins.FAMILIES for name in plugins.names(family)}
     found = []
     for path, tree in TREES.items():
-        if path.parent.name in {"engine", "forecast"}:
+        if path.parent.name in {"engine", "inference", "forecast"}:
             docstrings = {id(node.body[0].value) for node in ast.walk(tree) if _has_docstring(node)}  # type: ignore[attr-defined]
             found += [
                 f"{path.name}:{node.lineno} {node.value!r}"

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from luthier.engine import stack
-from luthier.engine.decoder import Decoder
-from luthier.engine.growing import Room
-from luthier.engine.sampling import Sampling
 from luthier.errors import ModelError
 from luthier.home import Home
+from luthier.inference import stack
+from luthier.inference.decoder import Decoder
+from luthier.inference.growing import Room
+from luthier.inference.sampling import Sampling
 from luthier.recipe import Release
 from luthier.serving.limits import Limits
 from luthier.serving.service import Options, Service

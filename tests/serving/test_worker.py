@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from luthier.engine.grammar import Grammar, Kind
-from luthier.engine.sampling import Sampling
 from luthier.errors import DataError, LuthierError, ModelError, ServeError
+from luthier.inference.grammar import Grammar, Kind
+from luthier.inference.sampling import Sampling
 from luthier.serving.limits import Busy, Limits
 from luthier.serving.service import Options, Service
 from luthier.serving.worker import Ask, End, Event, Failed, Read, Said

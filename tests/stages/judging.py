@@ -14,7 +14,7 @@ from typing import Any
 from luthier import artifacts
 from luthier.recipe import Evaluate, Monitor, Release
 from luthier.stages import Event, Inputs
-from tests.engine.test_generate import make_adapter
+from tests.inference.test_generate import make_adapter
 from tests.stages.training import records
 
 SEED = 17

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier import artifacts, template
-from luthier.engine.generate import Runtime
 from luthier.errors import DataError, Interrupted
+from luthier.inference.generate import Runtime
 from luthier.rows import chat
 from luthier.stages import Inputs, _called, evaluate
 from luthier.statistics import mcnemar, scores, wilson

@@ -97,9 +97,9 @@ def _probes(job: Job) -> list[dict[str, list[int]]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from luthier.engine.decoder import Decoder
-    from luthier.engine.growing import Room
-    from luthier.engine.sampling import Chooser, Sampling
+    from luthier.inference.decoder import Decoder
+    from luthier.inference.growing import Room
+    from luthier.inference.sampling import Chooser, Sampling
 
     base = Path(job.base)
     model = AutoModelForCausalLM.from_pretrained(
@@ -128,7 +128,7 @@ def _merged(job: Job, out: Path) -> Path:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from luthier.engine import adapters
+    from luthier.inference import adapters
 
     pairs = adapters.read(Path(job.adapter or ""), ())
     out.mkdir()

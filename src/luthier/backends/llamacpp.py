@@ -37,9 +37,9 @@ from luthier import artifacts
 from luthier.backends import _gguf, _llamacpp_side, _process
 from luthier.backends._http import Door, Reply, Unreachable
 from luthier.backends._relay import Piece, Place, Relay, Token, Unsupported
-from luthier.engine import adapters
 from luthier.errors import ModelError, ServeError
 from luthier.home import Home
+from luthier.inference import adapters
 from luthier.serving.desk import Engine
 from luthier.serving.limits import Limits
 from luthier.serving.router import Target

@@ -29,9 +29,9 @@ from pydantic import Field, field_validator
 from luthier.backends import _process, _relay
 from luthier.backends._http import Door, Reply, Unreachable
 from luthier.backends._relay import COMPLETIONS, Piece, Place, Relay
-from luthier.engine import adapters
 from luthier.errors import ModelError, ServeError
 from luthier.home import Home
+from luthier.inference import adapters
 from luthier.serving.desk import Engine
 from luthier.serving.limits import Limits
 from luthier.serving.router import Target

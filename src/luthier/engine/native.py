@@ -60,14 +60,14 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def build(source: Path, *more: str) -> ctypes.CDLL:
-    """A C++ file beside this one, compiled for this very CPU (with `more` flags); raises `TrainError` where
-    that fails."""
+    """A C++ file, compiled for this very CPU (with `more` flags); headers are those beside this file. Raises
+    `TrainError` where that fails."""
     with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
         built = Path(folder) / "native.so"
         flags = [flag for flag in FLAGS if "512" not in flag or "avx512f" in cpu_flags()]
         try:
             done = subprocess.run(
-                [COMPILER, *flags, *more, "-o", str(built), str(source)],
+                [COMPILER, *flags, *more, f"-I{SOURCE.parent}", "-o", str(built), str(source)],
                 capture_output=True,
                 text=True,
                 check=False,

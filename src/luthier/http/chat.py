@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from luthier.engine.grammar import Grammar, Kind
 from luthier.errors import DataError
 from luthier.http.problems import RequestError
+from luthier.inference.grammar import Grammar, Kind
 from luthier.rows import Message, Tools, conversation, offers
 from luthier.serving import limits
 from luthier.serving.service import Options

@@ -13,8 +13,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from luthier.engine.grammar import GrammarRefused
 from luthier.errors import GateRefused, LuthierError, NotFound, ServeError
+from luthier.inference.grammar import GrammarRefused
 from luthier.serving.limits import Busy
 from luthier.serving.service import NoToken, TooLong
 

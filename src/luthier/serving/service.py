@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier import template
-from luthier.engine.grammar import Grammar, check, vocabulary
-from luthier.engine.sampling import Sampling
 from luthier.errors import DataError, LuthierError, ModelError
 from luthier.home import Home
+from luthier.inference.grammar import Grammar, check, vocabulary
+from luthier.inference.sampling import Sampling
 from luthier.plugins import Part
 from luthier.rows import Message, Tools
 from luthier.serving.cache import Cache

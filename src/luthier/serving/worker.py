@@ -1,6 +1,6 @@
 """The one thread that owns the models: it lets every answer grow by a token, step by step, until they end.
 
-What grows together in a step is `engine.decoder`'s work. A request keeps the release it began with; a
+What grows together in a step is `inference.decoder`'s work. A request keeps the release it began with; a
 cancelled one gives up its place and its blocks before the next step; a failing one takes no other with it,
 unless the step itself fails: then all that grew from that base end, and it is loaded afresh for the next.
 Bases and adapters are loaded when first asked for and the longest unused one makes room.
@@ -22,11 +22,11 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from luthier import template
-from luthier.engine.decoder import Decoder
-from luthier.engine.grammar import Grammar, constraint, vocabulary
-from luthier.engine.growing import Ended, Growing, Grown, Room
-from luthier.engine.sampling import Chooser, Chosen, Sampling
 from luthier.errors import LuthierError, ServeError
+from luthier.inference.decoder import Decoder
+from luthier.inference.grammar import Grammar, constraint, vocabulary
+from luthier.inference.growing import Ended, Growing, Grown, Room
+from luthier.inference.sampling import Chooser, Chosen, Sampling
 from luthier.serving.limits import Counts, Limits, busy
 from luthier.serving.router import Target
 from luthier.serving.text import Unfolding

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from luthier import statistics, template
-from luthier.engine.generate import Runtime
-from luthier.engine.score import row_logps
+from luthier.inference.generate import Runtime
+from luthier.inference.score import row_logps
 from luthier.rows import Pair
 
 TUNED = "tuned"

@@ -1,7 +1,7 @@
 """What a step of on-policy training learns from: answers sampled from the weights as they stand, and scored.
 
-For each prompt of the step a group of answers is drawn (`engine.rollout`), each is scored by the objective's
-grader, and the objective says how much better than its group an answer is. Groups whose answers all score the
+For each prompt of the step a group of answers is drawn (`inference.rollout`), each is scored by the
+objective's grader, and the objective says how much better than its group an answer is. Groups whose answers all score the
 same teach nothing and are left out, unless all are such. Everything follows from (weights, seed, number of
 the sampling), so a training that resumes draws the same answers; where one sampling serves several steps it
 is kept in the checkpoint.
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from luthier import artifacts, metrics, template
 from luthier.engine import batch, loop
-from luthier.engine.generate import Runtime
-from luthier.engine.rollout import Asked, Drawing, Policy
-from luthier.engine.sampling import Sampling
 from luthier.errors import GraderError, TrainError
+from luthier.inference.generate import Runtime
+from luthier.inference.rollout import Asked, Drawing, Policy
+from luthier.inference.sampling import Sampling
 from luthier.objectives import Batch
 from luthier.rows import Message, Prompt, Role, Row, again
 from luthier.stages import Inputs

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier import artifacts, metrics
-from luthier.engine import batch, rollout
-from luthier.engine.generate import Runtime
-from luthier.engine.rollout import Asked, Drawing
+from luthier.engine import batch
 from luthier.errors import PlanError
 from luthier.forecast.footprint import Shape
+from luthier.inference import rollout
+from luthier.inference.generate import Runtime
+from luthier.inference.rollout import Asked, Drawing
 from luthier.plugins import Part
 from luthier.rows import Prompt, again
 from luthier.stages import Inputs

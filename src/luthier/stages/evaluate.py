@@ -25,10 +25,10 @@ import torch
 from luthier import artifacts, plugins, statistics, template
 from luthier.baselines import Baseline, Task
 from luthier.engine import memory
-from luthier.engine.generate import Runtime
-from luthier.engine.sampling import Sampling
-from luthier.engine.score import likelihood
 from luthier.errors import DataError, Interrupted
+from luthier.inference.generate import Runtime
+from luthier.inference.sampling import Sampling
+from luthier.inference.score import likelihood
 from luthier.plugins import Part
 from luthier.rows import Chat, Message, Pair, Tools, again
 from luthier.stages import Event, Inputs, _called, _graded, _preferred

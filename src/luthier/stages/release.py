@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from luthier import artifacts, cards, template
-from luthier.engine.decoder import Decoder
-from luthier.engine.growing import Room
-from luthier.engine.sampling import Sampling
 from luthier.errors import Interrupted, LuthierError
 from luthier.gates import Evidence, Verdict
+from luthier.inference.decoder import Decoder
+from luthier.inference.growing import Room
+from luthier.inference.sampling import Sampling
 from luthier.rows import again
 from luthier.stages import STAGES, Event, Inputs
 from luthier.store import RequestRecord

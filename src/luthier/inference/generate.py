@@ -3,7 +3,7 @@
 `Runtime.stream` does for a batch of one what `transformers.generate` does over a `PeftModel` in the same
 dtype (https://huggingface.co/docs/transformers/main_classes/text_generation): the same modules, the same
 attention, the same cache, the adapter unmerged, one forward a token. So a stranger who loads the adapter
-with plain transformers and peft gets the same bits. What is served grows in `engine.decoder` instead.
+with plain transformers and peft gets the same bits. What is served grows in `inference.decoder` instead.
 
 `Runtime.greedy` answers many prompts at once for evaluation: sorted by length, left-padded, and the tokens
 that all prompts begin with are read only once. In bfloat16 its rounding differs from a stream's, so at a
@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from luthier.engine.adapters import inspect
-from luthier.engine.sampling import Chooser, Chosen, Sampling, likeliest
 from luthier.errors import ModelError
+from luthier.inference.adapters import inspect
+from luthier.inference.sampling import Chooser, Chosen, Sampling, likeliest
 
 TILE = 256  # positions of a prompt whose logits are held at once
 ROWS = 64  # rows of one evaluation batch

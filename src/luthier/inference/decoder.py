@@ -6,7 +6,7 @@ al. 2023, arXiv 2309.06180). Sequences under different adapters, or none, share 
 
 Sequences are taken in as they come. One that finds no block free gives up those of the youngest, which is
 read again later from where its tokens are still known; none is ever lost, and what it says stays the same.
-What begins alike under the same weights is computed once (`engine.pages`).
+What begins alike under the same weights is computed once (`inference.pages`).
 
 It does not know text, templates, queues of tenants or clocks. One thread owns a `Decoder`.
 """
@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from luthier.engine import adapters, pages, stack
-from luthier.engine.decode import largest
-from luthier.engine.growing import ROOM, AnswerFailed, Ended, Growing, Grown, Read, Room
-from luthier.engine.pages import BLOCK, Pool
-from luthier.engine.sampling import Chooser, Chosen, Sampling, likeliest
-from luthier.engine.schedule import lay, readers
 from luthier.errors import LuthierError, ModelError
+from luthier.inference import adapters, pages, stack
+from luthier.inference.decode import largest
+from luthier.inference.growing import ROOM, AnswerFailed, Ended, Growing, Grown, Read, Room
+from luthier.inference.pages import BLOCK, Pool
+from luthier.inference.sampling import Chooser, Chosen, Sampling, likeliest
+from luthier.inference.schedule import lay, readers
 
 Progress = Callable[[int, int], None]
 log = logging.getLogger("luthier.engine")

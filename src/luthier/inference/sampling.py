@@ -52,7 +52,7 @@ class Chosen:
 
 
 class Constraint(Protocol):
-    """What may be said next, and what was said (`engine/grammar.py`)."""
+    """What may be said next, and what was said (`inference/grammar.py`)."""
 
     def mask(self, vocabulary: int) -> Tensor: ...
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from luthier.engine.generate import Runtime
-from luthier.engine.score import likelihood
 from luthier.errors import DataError
+from luthier.inference.generate import Runtime
+from luthier.inference.score import likelihood
 
 
 def quiet(done: int, total: int) -> None:

@@ -19,12 +19,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from luthier.engine import stack
-from luthier.engine.adapters import Pair
-from luthier.engine.answering import Answering
-from luthier.engine.decode import Laid, Reach, Segment
-from luthier.engine.pages import BLOCK
 from luthier.errors import ModelError
+from luthier.inference import stack
+from luthier.inference.adapters import Pair
+from luthier.inference.answering import Answering
+from luthier.inference.decode import Laid, Reach, Segment
+from luthier.inference.pages import BLOCK
 
 pytestmark = pytest.mark.skipif(
     not stack.has_stack() or "amx_bf16" in stack.native.cpu_flags(),

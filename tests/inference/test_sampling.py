@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.engine.sampling import Chooser, Chosen, Sampling, choose_all
+from luthier.inference.sampling import Chooser, Chosen, Sampling, choose_all
 
 VOCABULARY = 40
 SEEDS = st.integers(0, 10_000)

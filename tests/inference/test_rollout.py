@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from luthier.engine import base, loop
-from luthier.engine.generate import Runtime
-from luthier.engine.rollout import Asked, Drawing, Policy, draw
 from luthier.errors import TrainError
+from luthier.inference.generate import Runtime
+from luthier.inference.rollout import Asked, Drawing, Policy, draw
 from luthier.methods import lora
 
 STOP = frozenset({2})

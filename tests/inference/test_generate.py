@@ -12,15 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from luthier.engine.generate import (
+from luthier.errors import ModelError
+from luthier.inference.generate import (
     PADDED_TOKENS,
     ROWS,
     Runtime,
     batches,
     common_prefix,
 )
-from luthier.engine.sampling import Sampling, choose
-from luthier.errors import ModelError
+from luthier.inference.sampling import Sampling, choose
 from tests.tiny import make_tiny_base
 
 NO_STOP: frozenset[int] = frozenset()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from luthier.engine import native
-from luthier.engine.pages import BLOCK
+from luthier.inference.pages import BLOCK
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FEW = 32

@@ -17,14 +17,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from luthier.engine.decode import has_product
-from luthier.engine.decoder import Decoder
-from luthier.engine.growing import Growing, Grown, Room
-from luthier.engine.pages import BLOCK
-from luthier.engine.sampling import Chooser, Sampling
 from luthier.errors import ModelError
-from tests.engine.test_generate import make_adapter
+from luthier.inference.decode import has_product
+from luthier.inference.decoder import Decoder
+from luthier.inference.growing import Growing, Grown, Room
+from luthier.inference.pages import BLOCK
+from luthier.inference.sampling import Chooser, Sampling
 from tests.engine.tiny_families import FAMILIES, make
+from tests.inference.test_generate import make_adapter
 from tests.tiny import make_tiny_base
 
 ADAPTERS = 8

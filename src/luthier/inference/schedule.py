@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luthier.engine.decode import Laid, Reach, Segment
-from luthier.engine.growing import Growing
-from luthier.engine.pages import BLOCK
+from luthier.inference.decode import Laid, Reach, Segment
+from luthier.inference.growing import Growing
+from luthier.inference.pages import BLOCK
 
 
 def readers(running: Sequence[Growing], budget: int) -> list[tuple[Growing, int]]:

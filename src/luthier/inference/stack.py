@@ -3,7 +3,7 @@
 `stack.cpp` beside this file does the work; here a model of transformers is laid out for it: weights in tiles
 in the place of the model's own, adapters in tiles by their slot, rotary tables, a cache of keys and values.
 A step of few tokens costs little more than reading the weights once, because nothing of Python stands between
-two layers. Whatever is not taken here (`takes`) answers through `engine.answering`, more slowly.
+two layers. Whatever is not taken here (`takes`) answers through `inference.answering`, more slowly.
 
 Like that one, a `Stack` proves itself against transformers' untouched forward before it is used. It does not
 know requests, sampling, or which block is whose. On CPUs with matrix units (AMX) it is not used: torch's
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from luthier.engine import native
-from luthier.engine.adapters import Pair
-from luthier.engine.answering import SIBLINGS, Answering, heard, require_known, together
-from luthier.engine.decode import Laid, Low
-from luthier.engine.pages import BLOCK
-from luthier.engine.proof import plainly, proof, prove
 from luthier.errors import ModelError
+from luthier.inference.adapters import Pair
+from luthier.inference.answering import SIBLINGS, Answering, heard, require_known, together
+from luthier.inference.decode import Laid, Low
+from luthier.inference.pages import BLOCK
+from luthier.inference.proof import plainly, proof, prove
 
 SOURCE = Path(__file__).with_name("stack.cpp")
 TILE = 16

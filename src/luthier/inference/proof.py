@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from luthier.engine.decode import Laid, Reach, Segment
-from luthier.engine.pages import BLOCK
 from luthier.errors import ModelError
+from luthier.inference.decode import Laid, Reach, Segment
+from luthier.inference.pages import BLOCK
 
 PROOF = (9, 8, 1, 1, 1)  # tokens read at a time; the first two as chunks
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06}  # of the largest hidden state, in the mean

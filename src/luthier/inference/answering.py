@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from luthier.engine import decode, native
-from luthier.engine.adapters import Pair
-from luthier.engine.decode import Held, Laid, Low, Lows, Sight
+from luthier.engine import native
 from luthier.engine.kernels import Kernels
-from luthier.engine.pages import BLOCK
-from luthier.engine.proof import plainly, proof, prove
 from luthier.errors import ModelError
+from luthier.inference import decode
+from luthier.inference.adapters import Pair
+from luthier.inference.decode import Held, Laid, Low, Lows, Sight
+from luthier.inference.pages import BLOCK
+from luthier.inference.proof import plainly, proof, prove
 
 IMPLEMENTATION = "luthier_pages"
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from luthier.engine.generate import LAST, Runtime
 from luthier.errors import TrainError
+from luthier.inference.generate import LAST, Runtime
 
 POLICY = "policy"
 ROWS = 64  # answers that grow together

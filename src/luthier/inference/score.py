@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.engine.generate import Runtime, batches, common_prefix
 from luthier.engine.head import token_logps
 from luthier.errors import DataError
+from luthier.inference.generate import Runtime, batches, common_prefix
 
 Row = tuple[Sequence[int], Sequence[bool]]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from luthier import template
-from luthier.engine.grammar import Grammar, GrammarRefused, Kind, check, constraint
-from luthier.engine.sampling import Chooser, Sampling, choose_all
+from luthier.inference.grammar import Grammar, GrammarRefused, Kind, check, constraint
+from luthier.inference.sampling import Chooser, Sampling, choose_all
 
 STRICT = {
     "type": "object",

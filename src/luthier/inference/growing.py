@@ -10,8 +10,8 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from luthier.engine.sampling import Chooser, Chosen
 from luthier.errors import LuthierError, ModelError
+from luthier.inference.sampling import Chooser, Chosen
 
 Tops = tuple[tuple[tuple[int, float], ...], ...]
 
