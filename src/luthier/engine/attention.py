@@ -4,8 +4,9 @@ Source: scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762) and
 products; sliding windows as in Mistral (Jiang et al. 2023, arXiv 2310.06825): token q sees keys k with
 q - window < k <= q. Documents of like length share one batched product (`engine.documents`). Probabilities of
 short documents are kept for the way back. Long ones attend in blocks of queries, each with the keys up to its
-own end, and their probabilities are computed again. Very long ones go through torch's own kernel, if no
-window is shorter than they are. Where `engine.flash` has instructions for it, all of this is its work.
+own end, and their probabilities are computed again. Very long ones, if no window is shorter than they are,
+and those with dropout go through torch's own kernel, one by one (`engine.varlen`). Where `engine.flash` has
+instructions for it, all of this is its work.
 
 What documents share is attended to where it lies, and computed once. Queries are a document's own tokens,
 keys the path's and its own. Those that follow the same path share one product over its keys, whose gradient
@@ -27,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from luthier.engine import flash, varlen
@@ -103,26 +103,21 @@ class How:
 def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) -> Tensor:
     """Attention of each document over itself: (T, heads, width). `turn`: rotary tables, if still to do."""
     q_THE, k_TKE, v_TKE = qkv
-    if q_THE.is_cuda:
-        return _on_gpu(qkv, turn, documents, how)
     if how.formulas.flash and not how.dropout and flash.takes(q_THE, turn):
         return flash.attention(qkv, turn, documents.units, flash.Sight(how.window, how.scale))
-    longest = max(group.reach for group in documents.groups)
-    # Under a window torch's kernel would want a mask of all pairs, and keep it.
-    windowed = how.window is not None and how.window < longest
-    if how.dropout or (longest > LONG and not windowed):
-        qkv = (*_turned((q_THE, k_TKE), turn, how), v_TKE)
-        return torch.cat([_streamed(qkv, group, documents, how) for group in documents.groups])
+    if q_THE.is_cuda or how.dropout or _beyond(documents, how.window):
+        laid = varlen.layout(documents.lengths_D, documents.parents_D, q_THE.device)
+        sight = varlen.Sight(how.window, how.scale, how.dropout)
+        return varlen.over_documents((*_turned((q_THE, k_TKE), turn, how), v_TKE), laid, sight)
     at = (turn, documents, how)
     out_THE: Tensor = _Attention.apply(q_THE, k_TKE, v_TKE, at)  # type: ignore[no-untyped-call]
     return out_THE
 
 
-def _on_gpu(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) -> Tensor:
-    q_THE, k_TKE, v_TKE = qkv
-    laid = varlen.layout(documents.lengths_D, documents.parents_D, q_THE.device)
-    sight = varlen.Sight(how.window, how.scale, how.dropout)
-    return varlen.over_documents((*_turned((q_THE, k_TKE), turn, how), v_TKE), laid, sight)
+def _beyond(documents: Documents, window: int | None) -> bool:
+    """Whether torch's own kernel is better: where scores are too many, if it needs no mask of all pairs."""
+    longest = max(group.reach for group in documents.groups)
+    return longest > LONG and (window is None or window >= longest)
 
 
 def _turned(queries_and_keys: tuple[Tensor, Tensor], turn: Turn | None, how: How) -> tuple[Tensor, Tensor]:
@@ -346,39 +341,6 @@ def _gather(x: Tensor, group: Group, heads: int) -> Tensor:
     x_KDGLE = x.view(len(x) // group.documents, group.documents, -1, group.length, x.shape[-1])
     x_PHE = x_KDGLE.permute(1, 3, 0, 2, 4).reshape(-1, heads, x.shape[-1])
     return x_PHE if group.even else x_PHE.index_select(0, group.gather_T)
-
-
-def _streamed(qkv: Qkv, group: Group, documents: Documents, how: How) -> Tensor:
-    """The same through torch's kernel, which never holds the scores: (tokens, heads, width)."""
-    q_THE, k_THE, v_THE = qkv
-    masked = bool(group.path) or (how.window is not None and how.window < group.length)
-    seen_keys = Seen(group.length, group.before, how.window)
-
-    def cut(x_THE: Tensor) -> Tensor:
-        part = x_THE[group.start : group.start + group.tokens].index_select(0, group.spread_P)
-        return part.view(group.documents, group.length, *x_THE.shape[1:]).transpose(1, 2)
-
-    def seen(x_THE: Tensor) -> Tensor:
-        own_DHLE = cut(x_THE)
-        if not group.path:
-            return own_DHLE
-        far_HBE = torch.cat([_own_tokens(x_THE, documents, *at) for at in group.path]).transpose(0, 1)
-        return torch.cat((far_HBE.expand(group.documents, *far_HBE.shape), own_DHLE), dim=2)
-
-    out_DHLE = scaled_dot_product_attention(
-        cut(q_THE), seen(k_THE), seen(v_THE),
-        attn_mask=~seen_keys.hidden(group.reach, q_THE.device) if masked else None,
-        dropout_p=how.dropout, is_causal=not masked, scale=how.scale,
-        enable_gqa=q_THE.shape[1] != k_THE.shape[1],
-    )  # fmt: skip
-    out_PHE = out_DHLE.transpose(1, 2).reshape(-1, q_THE.shape[1], v_THE.shape[-1])
-    return out_PHE.index_select(0, group.gather_T)
-
-
-def _own_tokens(x_THE: Tensor, documents: Documents, at: int, number: int, length: int) -> Tensor:
-    """The part of `x_THE` that is one document of group `at`."""
-    group = documents.groups[at]
-    return x_THE[group.start + int(group.spread_P[number * group.length]) :][:length]
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

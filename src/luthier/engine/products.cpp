@@ -2,21 +2,25 @@
 // C = X^T W of an adapter's gradient, a sum over all tokens.
 //
 // Sources: panels of the right factor packed as they are multiplied, as in GotoBLAS (Goto & van de Geijn 2008, ACM
-// TOMS 34(3)); registers as in tiles.h. A panel is packed when it is needed and thrown away, so weights
-// lie in memory once, and either way round. Sums are float32 in one order, whatever the number of threads: each of the
-// two products from its first pair to its last, then one and the other. The thin product reads W once, where it lies:
+// TOMS 34(3)); a panel is packed when it is needed and thrown away, so weights lie in memory once, and either way
+// round. Sums stay in registers until they are rounded: those of one product from its first pair to its last, then those
+// of the other, in this order whatever the number of threads. The thin product reads W once, where it lies:
 // a stretch of rows at a time, so that what is read in small pieces has come into the cache in large ones.
 //
 // It does not know layers or tensors: engine/native.py checks what it is given. Of X W + Y V a left factor's rows are
 // read in pairs; where the length is odd, what lies behind the last number of a row must be a number.
 
-#include "tiles.h"
+#include <vector>
+
+#include "lanes.h"
 
 #if LANES == 512
 
 #include <omp.h>
 
 namespace {
+
+constexpr long TILE = 16;  // columns of a tile
 
 struct Factors {
     const bf16* x;       // (rows, depth), `x_row` apart
@@ -52,7 +56,14 @@ void pack(const Factors& of, long first, long columns, bf16* to) {
     const __mmask16 some = __mmask16((1u << width) - 1);
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i apart = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(of.w_line * 2)));
-    for (long p = 0; 2 * p < of.depth; ++p, to += 2 * TILE) {
+    long p = 0;
+    for (; of.across && width == TILE && 2 * (p + TILE) <= of.depth; p += TILE, to += 2 * TILE * TILE) {
+        Lanes row[TILE];  // pairs are words like any other
+        for (long i = 0; i < TILE; ++i) row[i] = load((const float*)(of.w + (first + i) * of.w_line + 2 * p));
+        transpose(row);
+        for (long i = 0; i < TILE; ++i) store((float*)(to + 2 * TILE * i), row[i]);
+    }
+    for (; 2 * p < of.depth; ++p, to += 2 * TILE) {
         __m512i pairs;
         const bool odd = 2 * p + 1 >= of.depth;
         if (of.across) {
@@ -79,28 +90,59 @@ bf16* packed(const Factors& of, long column, long columns, long tiles, std::vect
     return to;
 }
 
-// Two tiles of columns for rows first ... last.
-void unit(const Job& job, long column, long first, long last, std::vector<bf16>* rooms) {
-    const long tiles = job.columns - column > TILE ? 2 : 1;
-    const bf16* panel[2];
-    for (long f = 0; f < job.count; ++f) panel[f] = packed(job.factors[f], column, job.columns, tiles, rooms[f]);
-    alignas(64) float sum[2][2 * ROWS * TILE];
-    for (long row = first; row < last; row += ROWS) {
-        const long rows = last - row < ROWS ? last - row : ROWS;
-        for (long f = 0; f < job.count; ++f) {
-            const Factors& of = job.factors[f];
-            const long pairs = (of.depth + 1) / 2;
-            some(tiles, panel[f], pairs * 2 * TILE, of.x + row * of.x_row, of.x_row, rows, pairs, sum[f]);
-        }
-        for (long i = 0; i < tiles; ++i) {
-            const long left = job.columns - column - i * TILE;
-            for (long r = 0; r < rows; ++r) {
-                __m512 all = _mm512_load_ps(sum[0] + (i * ROWS + r) * TILE);
-                if (job.count == 2) all = _mm512_add_ps(all, _mm512_load_ps(sum[1] + (i * ROWS + r) * TILE));
-                put(left, job.out + (row + r) * job.columns + column + i * TILE, all);
+// Up to ROWS rows and two tiles of columns, both products in one register each.
+template <int TILES, int COUNT>
+inline void block(const Job& job, bf16* const* panel, long row, long column) {
+    Lanes sum[TILES][COUNT];
+#pragma GCC unroll 2
+    for (int i = 0; i < TILES; ++i)
+#pragma GCC unroll 12
+        for (int r = 0; r < COUNT; ++r) sum[i][r] = zero();
+    for (long f = 0; f < job.count; ++f) {
+        const Factors& of = job.factors[f];
+        const long pairs = (of.depth + 1) / 2, one = of.x_row * long(sizeof(bf16)), three = 3 * one;
+        const char* at[3];
+        for (int i = 0; i < 3; ++i) at[i] = (const char*)(of.x + (row + 4 * i) * of.x_row);
+        for (long p = 0; p < pairs; ++p) {
+            if (p % 16 == 0)
+#pragma GCC unroll 12
+                for (int r = 0; r < COUNT; ++r)
+                    _mm_prefetch(at[r / 4] + 4 * p + (r % 4 == 3 ? three : (r % 4) * one) + 12 * one, _MM_HINT_T0);
+            Line line[TILES];
+#pragma GCC unroll 2
+            for (int i = 0; i < TILES; ++i) line[i] = line_of(panel[f] + (i * pairs + p) * 2 * TILE, 0);
+#pragma GCC unroll 12
+            for (int r = 0; r < COUNT; ++r) {
+                const Pair in = pair_of((const bf16*)(at[r / 4] + 4 * p + (r % 4 == 3 ? three : (r % 4) * one)), 0);
+#pragma GCC unroll 2
+                for (int i = 0; i < TILES; ++i) sum[i][r] = dot(sum[i][r], line[i], in);
             }
         }
     }
+    bf16* out = job.out + row * job.columns + column;
+#pragma GCC unroll 2
+    for (int i = 0; i < TILES; ++i) {
+        const long left = job.columns - column - i * TILE;
+#pragma GCC unroll 12
+        for (int r = 0; r < COUNT; ++r) {
+            bf16* to = out + r * job.columns + i * TILE;
+            if (left < TILE) put(left, to, sum[i][r]);
+            else put(to, sum[i][r]);
+        }
+    }
+}
+
+// Tiles of columns for rows first ... last.
+template <int TILES>
+void unit(const Job& job, long column, long first, long last, std::vector<bf16>* rooms) {
+    bf16* panel[2];
+    for (long f = 0; f < job.count; ++f) panel[f] = packed(job.factors[f], column, job.columns, TILES, rooms[f]);
+    long row = first;
+    for (; row + ROWS <= last; row += ROWS) block<TILES, ROWS>(job, panel, row, column);
+    if (row + 8 <= last) block<TILES, 8>(job, panel, row, column), row += 8;
+    if (row + 4 <= last) block<TILES, 4>(job, panel, row, column), row += 4;
+    if (row + 2 <= last) block<TILES, 2>(job, panel, row, column), row += 2;
+    if (row < last) block<TILES, 1>(job, panel, row, column);
 }
 
 // Sixteen columns for sixteen rows and the lines of one stretch, onto what is there.
@@ -140,7 +182,10 @@ void products_total(const Job* job) {
 #pragma omp for schedule(dynamic)
         for (long number = 0; number < units * pieces; ++number) {
             const long first = number % pieces * each, last = first + each < job->rows ? first + each : job->rows;
-            if (first < last) unit(*job, number / pieces * 2 * TILE, first, last, rooms);
+            const long column = number / pieces * 2 * TILE;
+            if (first >= last) continue;
+            if (job->columns - column > TILE) unit<2>(*job, column, first, last, rooms);
+            else unit<1>(*job, column, first, last, rooms);
         }
     }
 }

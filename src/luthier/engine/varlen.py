@@ -1,4 +1,4 @@
-"""Attention over documents laid end to end on a GPU: one kernel call for all of them, no mask, no padding.
+"""Attention over documents laid end to end through torch's own kernels, which on a GPU take all in one call.
 
 Sources: FlashAttention-2 (Dao 2023, arXiv 2307.08691), whose variable-length call takes the documents' ends
 as cumulative sums and lines a causal mask up with the last key, which is what a document that follows
@@ -7,7 +7,7 @@ own `varlen_attn`; the first that gives the answer of `by_document` on a trial i
 none, `by_document` itself: torch's scaled_dot_product_attention for each document.
 
 The layout of a batch is built and moved once and found again by every layer. It does not know caches, soft
-caps or sinks, nor what the CPU does (`engine.attention`). Never run on a GPU yet: of what is here, tests
+caps or sinks, nor when a CPU comes here (`engine.attention`). Never run on a GPU yet: of what is here, tests
 hold only what runs without one.
 """
 

@@ -1,10 +1,10 @@
 """What a step of on-policy training learns from: answers sampled from the weights as they stand, and scored.
 
 For each prompt of the step a group of answers is drawn (`inference.rollout`), each is scored by the
-objective's grader, and the objective says how much better than its group an answer is. Groups whose answers all score the
-same teach nothing and are left out, unless all are such. Everything follows from (weights, seed, number of
-the sampling), so a training that resumes draws the same answers; where one sampling serves several steps it
-is kept in the checkpoint.
+objective's grader, and the objective says how much better than its group an answer is. Groups whose answers
+all score the same teach nothing and are left out, unless all are such. Everything follows from (weights,
+seed, number of the sampling), so a training that resumes draws the same answers; where one sampling serves
+several steps it is kept in the checkpoint.
 
 Held-out reward is that of the likeliest answer to each validation prompt. A grader that asks a model is
 answered by the base without its adapter. It does not know how the loss uses an advantage.
