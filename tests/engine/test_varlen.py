@@ -39,7 +39,7 @@ def test_attention_by_document_is_the_engines_own(
     q, k, v = inputs = drawn(sum(lengths), *shape)
     turn = tuple(torch.randn(sum(lengths), 8, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
     documents, how = Documents.of(lengths, parents), How(window, 0.3)
-    found = attention._on_gpu((q, k, v), turn, documents, how)  # on a CPU it goes by document
+    found = attention._one_by_one((q, k, v), turn, documents, how)  # on a CPU it goes by document
     expected = attention.over_documents((q, k, v), turn, documents, how)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     upstream = torch.linspace(-1, 1, found.numel()).view_as(found)
@@ -57,7 +57,7 @@ def test_a_model_has_the_same_log_probabilities_by_the_gpus_path(
     packed = batch.collate(rows, block=2)  # they begin alike, so they share
     assert packed.parents_S
     expected = head.batch_logps(model, packed)
-    monkeypatch.setattr(attention, "over_documents", attention._on_gpu)
+    monkeypatch.setattr(attention, "over_documents", attention._one_by_one)
     torch.testing.assert_close(head.batch_logps(model, packed), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_the_layout_of_a_batch_is_built_once() -> None:
     documents = Documents.of((5, 3), (-1, 0))
     q, k, v = drawn(8, 4, 2)
     for _ in range(model.config.num_hidden_layers):
-        attention._on_gpu((q, k, v), None, documents, How(None, 0.3))
+        attention._one_by_one((q, k, v), None, documents, How(None, 0.3))
     assert varlen.layout.cache_info().misses == 1
 
 

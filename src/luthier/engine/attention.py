@@ -106,12 +106,20 @@ def over_documents(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) 
     if how.formulas.flash and not how.dropout and flash.takes(q_THE, turn):
         return flash.attention(qkv, turn, documents.units, flash.Sight(how.window, how.scale))
     if q_THE.is_cuda or how.dropout or _beyond(documents, how.window):
-        laid = varlen.layout(documents.lengths_D, documents.parents_D, q_THE.device)
-        sight = varlen.Sight(how.window, how.scale, how.dropout)
-        return varlen.over_documents((*_turned((q_THE, k_TKE), turn, how), v_TKE), laid, sight)
+        return _one_by_one(qkv, turn, documents, how)
     at = (turn, documents, how)
     out_THE: Tensor = _Attention.apply(q_THE, k_TKE, v_TKE, at)  # type: ignore[no-untyped-call]
     return out_THE
+
+
+def _one_by_one(qkv: Qkv, turn: Turn | None, documents: Documents, how: How) -> Tensor:
+    """Through torch's own kernels, or those of a GPU."""
+    q_THE, k_TKE = _turned(qkv[:2], turn, how)
+    v_TKE = qkv[2].contiguous()  # a part would keep alive what it was cut from
+    laid = varlen.layout(documents.lengths_D, documents.parents_D, q_THE.device)
+    return varlen.over_documents(
+        (q_THE, k_TKE, v_TKE), laid, varlen.Sight(how.window, how.scale, how.dropout)
+    )
 
 
 def _beyond(documents: Documents, window: int | None) -> bool:

@@ -169,9 +169,10 @@ inline void keep(N* to, Lanes x) {
 }
 template <class N>
 inline void keep(long count, N* to, Lanes x) {
+    if (count >= 16) return keep(to, x);
     N some[16];
     keep(some, x);
-    std::memcpy(to, some, sizeof(N) * (count < 16 ? count : 16));
+    std::memcpy(to, some, sizeof(N) * count);
 }
 template <class N>
 inline Lanes take(long count, const N* x) {

@@ -40,8 +40,8 @@ struct Thin {
     float* out;          // (rows, columns)
 };
 
-constexpr long STRETCH = 128;  // pairs of lines that a thin product goes through at a time ...
-constexpr long BAND = 128;     // ... of so many columns
+constexpr long STRETCH = 64;  // pairs of lines that a thin product goes through at a time ...
+constexpr long BAND = 64;      // ... of so many columns
 
 // Sixteen numbers of one line, each beside the one below it; zeros without a line below.
 inline __m512i beside(const bf16* line, const bf16* below, __mmask16 some) {
@@ -145,7 +145,9 @@ void unit(const Job& job, long column, long first, long last, std::vector<bf16>*
     if (row < last) block<TILES, 1>(job, panel, row, column);
 }
 
-// Sixteen columns for sixteen rows and the lines of one stretch, onto what is there.
+// Sixteen columns for sixteen rows and the lines of one stretch, onto what is there. AHEAD: the next stretch of the
+// band is asked for on the way.
+template <bool AHEAD>
 inline void onto(const Thin& job, const bf16* left, long row, long column, long from, long until) {
     const long rows = job.rows - row < TILE ? job.rows - row : TILE;
     const __mmask16 some = first(job.columns - column);
@@ -156,6 +158,9 @@ inline void onto(const Thin& job, const bf16* left, long row, long column, long 
         sum[r] = from && r < rows ? _mm512_maskz_loadu_ps(some, out + r * job.columns) : zero();
     for (long p = from; p < until; ++p) {
         const bf16* line = job.w + 2 * p * job.w_line + column;
+        for (long i = 0; AHEAD && i < BAND; i += 32)
+            for (long below = 0; below < 2; ++below)
+                _mm_prefetch((const char*)(line + (2 * STRETCH + below) * job.w_line + i), _MM_HINT_T1);
         const Line pairs = (Line)beside(line, 2 * p + 1 < job.depth ? line + job.w_line : nullptr, some);
 #pragma GCC unroll 16
         for (int r = 0; r < TILE; ++r) sum[r] = dot(sum[r], pairs, pair_of(left + 2 * (p * TILE + r), 0));
@@ -210,7 +215,8 @@ void products_thin(const Thin* job) {
                 const long until = from + STRETCH < pairs ? from + STRETCH : pairs;
                 for (long g = 0; g < groups; ++g)
                     for (long column = start; column < end; column += TILE)
-                        onto(*job, left + g * pairs * 2 * TILE, g * TILE, column, from, until);
+                        if (g || column > start) onto<false>(*job, left + g * pairs * 2 * TILE, g * TILE, column, from, until);
+                        else onto<true>(*job, left, 0, column, from, until);
             }
         }
     }
