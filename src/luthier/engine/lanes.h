@@ -5,7 +5,7 @@
 // one that multiplies float32 only (AVX2 with FMA, two registers of eight), for which numbers are widened on their way
 // in. On any other, LANES is not defined.
 //
-// It does not know what is computed: tiles.h, stack.cpp, products.cpp and decode.cpp do.
+// It does not know what is computed: products.cpp and flash.cpp do, and what answers (inference/).
 
 #pragma once
 

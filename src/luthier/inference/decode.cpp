@@ -7,7 +7,7 @@
 // A sum is taken in one order whatever the number of threads and tokens, so a row's bits do not depend on who
 // shares the step.
 //
-// It does not know tensors or requests: engine/decode.py checks shapes, kinds and that memory is contiguous.
+// It does not know tensors or requests: inference/decode.py checks shapes, kinds and that memory is contiguous.
 
 #include <vector>
 

@@ -3,10 +3,9 @@
 // transformers rounds it.
 //
 // Sources: paged attention (Kwon et al. 2023, arXiv 2309.06180); rotary positions (Su et al. 2021, arXiv 2104.09864);
-// RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467); products and threads as in
-// tiles.h.
+// RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467); products and threads as in tiles.h.
 //
-// It does not know tensors, requests or which block is whose: engine/stack.py lays everything out.
+// It does not know tensors, requests or which block is whose: inference/stack.py lays everything out.
 
 #include "tiles.h"
 
