@@ -32,9 +32,10 @@ from safetensors.torch import load_file
 
 from luthier.engine import attention, base, batch, documents, fused, head, loop, memory, native
 from luthier.engine.kernels import PLAIN
+from luthier.forecast import fit
 from luthier.methods import lora
 from luthier.objectives import Batch, sft
-from luthier.stages.plan import MICRO_TOKENS
+from luthier.stages.plan import MICRO_TOKENS, SHARING_TOKENS
 from luthier.template import Encoded
 
 PADDED_ROWS = 8
@@ -147,11 +148,18 @@ def main() -> None:
         steps=job.steps, lr=job.lr, seed=job.seed, schedule="constant", formulas=formulas(ideas)
     )
 
+    steps = [rows[at : at + job.batch] for at in range(0, len(rows), job.batch)]
+
+    def computed(budget: int) -> int:
+        return sum(sum(batch.sizes(some, budget)) for some in steps)
+
+    budget = fit.enough(computed, MICRO_TOKENS, SHARING_TOKENS)  # as the plan has it
+
     def micros(step: int) -> tuple[Batch, ...]:
-        some = rows[(step - 1) * job.batch : step * job.batch]
+        some = steps[step - 1]
         if not ideas.packed:
             return padded(some)
-        return batch.micro_batches(some, MICRO_TOKENS) if ideas.shared else flat(some)
+        return batch.micro_batches(some, budget) if ideas.shared else flat(some)
 
     def objective(policy: Any, reference: Any, micro: Batch) -> Any:
         return sft.loss(policy, reference, micro, sft.Params())

@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from luthier import artifacts, template
 from luthier.devices import DEVICES
 from luthier.errors import PlanError, TrainError
-from luthier.forecast import footprint, layout
+from luthier.forecast import fit, footprint, layout
 from luthier.forecast.footprint import Checkpointing
 from luthier.rows import chat
 from luthier.stages import Inputs, _offers, plan, train
-from luthier.stages.plan import MICRO_TOKENS
+from luthier.stages._elsewhere import Work
+from luthier.stages.plan import MICRO_TOKENS, SHARING_TOKENS
 from luthier.template import Encoded
 from tests.stages.training import phase, planning, records, world
 
@@ -85,6 +86,17 @@ def test_less_memory_means_smaller_micro_batches(made: Inputs, tmp_path: Path) -
     tight = run(made, tmp_path / "tight", planning({"memory_gb": wide["closed_peak_gb"] - 0.005}, batch=40))
     assert tight["micro_tokens"] < MICRO_TOKENS and tight["tokens"] == wide["tokens"]
     assert tight["largest_micro_batch"] < wide["largest_micro_batch"]
+
+
+@pytest.mark.parametrize(("shared", "tokens"), [(400, SHARING_TOKENS), (0, MICRO_TOKENS)])
+def test_micro_batches_are_larger_where_more_rows_then_share_what_they_begin_with(
+    shared: int, tokens: int
+) -> None:
+    rows = [(*range(shared), *range(1000 * (n + 1), 1000 * (n + 1) + 100)) for n in range(40)]
+    step = tuple(Encoded(ids=ids, mask=(True,) * len(ids), id=str(n)) for n, ids in enumerate(rows))
+    need: Any = fit.Work(None, (step,), (), footprint.How(), 0)  # type: ignore[arg-type]  no memory is asked for
+    work: Any = Work(None, need)  # type: ignore[arg-type]
+    assert plan._micro_tokens(work, 1) == tokens
 
 
 def test_too_few_minutes_are_refused_with_the_steps_that_would_fit(made: Inputs, tmp_path: Path) -> None:

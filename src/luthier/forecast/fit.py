@@ -20,6 +20,7 @@ from luthier.forecast.footprint import Checkpointing, Forecast, How, Shape
 from luthier.forecast.layout import Layout
 from luthier.template import Encoded
 
+WORTH = 0.97  # of the tokens: so many fewer to compute are worth a larger micro-batch's memory
 Steps = tuple[tuple[Encoded, ...], ...]
 
 
@@ -80,6 +81,15 @@ def choose(work: Work, allowed: float, budget: int, kinds: Sequence[Checkpointin
             if found.total <= allowed:
                 return Choice(tokens, kind, found, now.layouts(tokens))
     return None
+
+
+def enough(computed: Callable[[int], int], least: int, most: int) -> int:
+    """The token budget, from `least` up, at which rows share what they can: with twice as large micro-batches
+    nearly as many tokens would be left to compute. `computed`: how many there are at a budget."""
+    budget, now = least, computed(least)
+    while budget < most and (fewer := computed(2 * budget)) <= WORTH * now:
+        budget, now = 2 * budget, fewer
+    return budget
 
 
 def budgets(most: int, longest: int) -> Iterator[int]:

@@ -32,7 +32,8 @@ from luthier.stages._elsewhere import DEVICE_TOKENS, Work, elsewhere, elsewhere_
 from luthier.stages._offers import Kinds, too_big
 from luthier.template import Encoded
 
-MICRO_TOKENS = 2048  # more does not train faster on a CPU: its matrix units are busy long before
+MICRO_TOKENS = 2048  # more does not train faster on a CPU: its matrix units are busy long before ...
+SHARING_TOKENS = 8192  # ... unless more rows share what they begin with
 FREE_SHARE = 0.85  # of free memory, when the recipe sets no budget
 
 
@@ -48,7 +49,7 @@ def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     allowed = _allowed(budget, machine, device)
     processes, kind = budget.processes, _placement(budget, work, allowed)
     work = _shared(work, kind, processes)
-    most = DEVICE_TOKENS if device else _even(work, processes)
+    most = DEVICE_TOKENS if device else _micro_tokens(work, processes)
     kinds, other_kinds = _kinds(budget, kind)
     chosen = fit.choose(work.need, allowed / processes, most, kinds)
     if chosen is None:
@@ -159,12 +160,18 @@ def _shared(work: Work, kind: str, processes: int) -> Work:
     return replace(work, need=replace(work.need, shape=replace(work.need.shape, parameters=held)))
 
 
-def _even(work: Work, processes: int) -> int:
-    """Micro-batches small enough that every process has one in a usual step."""
-    if processes == 1:
-        return MICRO_TOKENS
-    usual = math.ceil(sum(at.tokens for at in work.need.layouts(MICRO_TOKENS)) / work.steps / processes)
-    return max(work.need.longest, min(MICRO_TOKENS, usual))
+def _micro_tokens(work: Work, processes: int) -> int:
+    """Micro-batches large enough that rows share what they begin with; where there are several processes,
+    small enough that every one has some in a usual step."""
+
+    def computed(budget: int) -> int:
+        return sum(at.tokens for at in work.need.layouts(budget))
+
+    if processes > 1:
+        usual = math.ceil(computed(MICRO_TOKENS) / work.steps / processes)
+        return max(work.need.longest, min(MICRO_TOKENS, usual))
+    shares = computed(MICRO_TOKENS) < work.tokens
+    return fit.enough(computed, MICRO_TOKENS, SHARING_TOKENS) if shares else MICRO_TOKENS
 
 
 def _encoded(split: str, how: tuple[int, Any], inputs: Inputs, tokenizer: Any) -> list[tuple[Encoded, ...]]:
