@@ -2,10 +2,10 @@
 // C = X^T W of an adapter's gradient, a sum over all tokens.
 //
 // Sources: panels of the right factor packed as they are multiplied, as in GotoBLAS (Goto & van de Geijn 2008, ACM
-// TOMS 34(3)); a panel is packed when it is needed and thrown away, so weights lie in memory once, and either way
-// round. Sums stay in registers until they are rounded: those of one product from its first pair to its last, then those
-// of the other, in this order whatever the number of threads. The thin product reads W once, where it lies:
-// a stretch of rows at a time, so that what is read in small pieces has come into the cache in large ones.
+// TOMS 34(3)). A panel is packed when it is needed and thrown away, so weights lie in memory once, and either way round.
+// Sums stay in registers until they are rounded: those of one product from its first pair to its last, then those of
+// the other, in this order whatever the number of threads. The thin product reads W once, where it lies: a stretch of
+// lines at a time, so that what is read in small pieces has come into the cache in large ones.
 //
 // It does not know layers or tensors: engine/native.py checks what it is given. Of X W + Y V a left factor's rows are
 // read in pairs; where the length is odd, what lies behind the last number of a row must be a number.
@@ -41,7 +41,7 @@ struct Thin {
 };
 
 constexpr long STRETCH = 64;  // pairs of lines that a thin product goes through at a time ...
-constexpr long BAND = 64;      // ... of so many columns
+constexpr long BAND = 64;     // ... of so many columns
 
 // Sixteen numbers of one line, each beside the one below it; zeros without a line below.
 inline __m512i beside(const bf16* line, const bf16* below, __mmask16 some) {
@@ -90,7 +90,7 @@ bf16* packed(const Factors& of, long column, long columns, long tiles, std::vect
     return to;
 }
 
-// Up to ROWS rows and two tiles of columns, both products in one register each.
+// Up to ROWS rows and two tiles of columns; the rows after them are asked for on the way.
 template <int TILES, int COUNT>
 inline void block(const Job& job, bf16* const* panel, long row, long column) {
     Lanes sum[TILES][COUNT];
