@@ -1,6 +1,6 @@
 // Sixteen numbers at once, in the instructions of this very CPU: bfloat16 in memory, float32 in sums.
 //
-// Sources: bfloat16 as the upper half of a float32, rounded to nearest, ties to even; the exponential as in native.cpp.
+// Sources: as in numbers.h, which has the same for one number.
 // There are two kinds of CPU: one that multiplies pairs of bfloat16 (AVX512-BF16, sixteen lanes in one register), and
 // one that multiplies float32 only (AVX2 with FMA, two registers of eight), for which numbers are widened on their way
 // in. On any other, LANES is not defined.
@@ -9,23 +9,9 @@
 
 #pragma once
 
-#include <cstdint>
-#include <cstring>
 #include <initializer_list>
 
-namespace {
-
-using bf16 = uint16_t;
-
-inline float wide(bf16 x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-inline float wide(float x) { return x; }
-
-}  // namespace
+#include "numbers.h"
 
 #if defined(__AVX512BF16__)
 #define LANES 512

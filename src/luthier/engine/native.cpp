@@ -1,52 +1,17 @@
 // The elementwise formulas of engine/kernels.py as single passes over memory, for bfloat16 and float32 on a CPU.
 //
-// Sources: as in engine/kernels.py; the exponential is a Cody-Waite reduction and a polynomial of degree 6 with
-// the coefficients of Cephes (Moshier 1992). Sums are float32. Every row is one thread's work from end to end, so
-// the bits do not depend on the number of threads; they do depend on the CPU that this is compiled for.
+// Sources: as in engine/kernels.py; the exponential as in numbers.h. Sums are float32. Every row is one thread's work
+// from end to end, so the bits do not depend on the number of threads; they do depend on the CPU that this is compiled
+// for.
 // Attention scores hold, for each query, keys `low` ... `high`; what lies outside is never read, and written as 0.
 //
 // It does not know tensors: engine/native.py checks shapes, kinds and that memory is contiguous.
 
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "numbers.h"
+
 namespace {
-
-struct bf16 { uint16_t bits; };
-
-inline float wide(float x) { return x; }
-inline float wide(bf16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
-inline void put(float& to, float x) { to = x; }
-inline void put(bf16& to, float x) {  // to nearest, ties to even; what is not a number stays so
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to.bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(rounded);
-}
-
-inline float power(float x) {  // e to the x; at -87 and below 1.6e-38, which is nothing beside a sum
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    const float whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
-    const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * rest + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    const int32_t bits = (int32_t(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return y * scale;
-}
 
 template <class N>
 void norm(const N* x, const N* weight, N* y, float* scales, long rows, long width, float eps, float shift) {

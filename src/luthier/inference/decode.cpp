@@ -15,31 +15,6 @@
 
 namespace {
 
-inline void put(float& to, float x) { to = x; }
-inline void put(bf16& to, float x) {  // to nearest, ties to even; what is not a number stays so
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : bf16(rounded);
-}
-
-inline float power(float x) {  // e to the x, as in native.cpp
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    const float whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * rest + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    const int32_t bits = (int32_t(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return y * scale;
-}
-
 constexpr long TILE = 16;    // outputs that one thread works on at a time
 constexpr long TOKENS = 64;  // tokens whose sums of a tile are held at once
 
