@@ -303,6 +303,7 @@ def measured(
         "compiled": plan["compiled"],
         "threads": plan["threads"],
         "predicted_bytes": plan["bytes"],
+        "trial_bytes": plan["trial"],
         "peak_bytes": train["peak_rss_bytes"],
         "peak_error": round(plan["bytes"]["total"] / train["peak_rss_bytes"] - 1, 4),
         "rss_bytes": [step["rss_bytes"] for step in steps],

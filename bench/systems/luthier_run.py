@@ -30,7 +30,7 @@ from meter import Job, Meter
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from luthier.engine import attention, base, batch, documents, fused, head, loop, memory, native
+from luthier.engine import attention, base, batch, documents, fused, head, heap, loop, native
 from luthier.engine.kernels import PLAIN
 from luthier.forecast import fit
 from luthier.methods import lora
@@ -141,7 +141,7 @@ def main() -> None:
     told = job.read()
     meter = Meter.over(job, told)
     torch.set_num_threads(job.threads)
-    memory.hold()
+    heap.hold()
     model = prepare(job, ideas)
     rows = encoded(told)
     settings = loop.Settings(

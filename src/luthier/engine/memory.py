@@ -1,45 +1,16 @@
-"""How much memory this process and this machine have, as the kernel says; and how to give some of it back.
+"""How much memory this process and this machine have, as the kernel says.
 
-Sources: `VmRSS` and `VmHWM` of /proc/self/status and `clear_refs` (proc(5)); glibc's `malloc_trim`;
-/proc/meminfo and the limits of cgroup v1 and v2 (kernel documentation).
-What training will take is `forecast.footprint`'s work. It does not know GPUs.
+Sources: `VmRSS` and `VmHWM` of /proc/self/status and `clear_refs` (proc(5)); /proc/meminfo and the limits of
+cgroup v1 and v2 (kernel documentation). What training will take is `forecast.footprint`'s work, where tensors
+lie `heap`'s. It does not know GPUs.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import resource
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
-
-
-def release() -> None:
-    """Give back what is no longer used, so that what follows starts from a clean heap (glibc only)."""
-    gc.collect()
-    trim()
-
-
-def trim() -> None:
-    """Give freed memory back to the kernel now, held or not (glibc only)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def hold() -> None:
-    """From now on keep freed memory for the next tensor (glibc only).
-
-    Given back to the kernel, every large tensor would be touched for the first time again, page by page: a
-    fifth of a training step. `release` still gives it back.
-    """
-    with suppress(OSError, AttributeError):
-        heap = ctypes.CDLL(None)
-        heap.mallopt(_M_MMAP_MAX, 0)
-        heap.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        heap.mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
 def forget_peak() -> bool:

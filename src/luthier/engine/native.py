@@ -67,7 +67,7 @@ def build(source: Path, *more: str) -> ctypes.CDLL:
         flags = [flag for flag in FLAGS if "512" not in flag or "avx512f" in cpu_flags()]
         try:
             done = subprocess.run(
-                [COMPILER, *flags, *more, f"-I{SOURCE.parent}", "-o", str(built), str(source)],
+                [COMPILER, *flags, f"-I{SOURCE.parent}", "-o", str(built), str(source), *more],
                 capture_output=True,
                 text=True,
                 check=False,

@@ -162,6 +162,7 @@ class How:
     fragmentation: what freed pieces that fit nothing take of what comes and goes (`lost_bytes`).
     sampling_bytes: what the same process holds to sample answers, beside all of training.
     flash: attention keeps what came in and went out, no scores (`engine.flash`, and kernels of a GPU).
+    heap: tensors lie in a heap of their own (`engine.heap`), whose freed rooms are whole.
     """
 
     checkpointing: Checkpointing = Checkpointing.NONE
@@ -174,6 +175,7 @@ class How:
     product_bytes: int = PRODUCT_BYTES
     sampling_bytes: int = 0
     flash: bool = False
+    heap: bool = False
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,8 @@ def lost_bytes(shape: Shape, moving: int, how: How, steps: int) -> int:
 
     Steps of other sizes lose more and more, where compiled products are made and stay between.
     """
+    if how.heap:
+        return 0
     if not how.here:
         return round(how.fragmentation * moving)
     if shape.weight_bytes == FLOAT32:

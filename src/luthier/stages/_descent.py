@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from luthier import artifacts
-from luthier.engine import checkpoint, loop, memory, placement
+from luthier.engine import checkpoint, heap, loop, memory, placement
 from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
@@ -212,7 +212,7 @@ def _look(work: Work, progress: Progress) -> bool:
     if not work.held_out or not due or progress.looked >= step:
         return True
     began = time.monotonic()
-    memory.trim()  # a look and a step touch other pages of the heap; neither need hold the other's
+    heap.trim()  # a look and a step touch other pages of the heap; neither need hold the other's
     try:
         told = work.rollouts.look() if work.rollouts else _seen(work)
     except loop.Asked:
@@ -228,7 +228,7 @@ def _look(work: Work, progress: Progress) -> bool:
         progress.best, progress.best_loss, progress.misses, progress.best_weights = step, loss, 0, weights
     else:
         progress.misses += 1
-    memory.trim()
+    heap.trim()
     facts = {f"validation_{name}": value for name, value in told.items()}
     work.tell(Event("train", f"held-out loss {loss:.4f}", step, work.settings.steps, facts))
     return True

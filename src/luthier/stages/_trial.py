@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from luthier.engine import base as bases
-from luthier.engine import batch, fused, head, memory, native
+from luthier.engine import batch, fused, head, heap, memory, native
 from luthier.forecast import fit, flops, footprint, layout
 from luthier.objectives import Batch
 from luthier.stages import Inputs
@@ -32,15 +32,20 @@ Timed = tuple[float, float]  # operations, seconds
 class Trial:
     """timed:  of training; looked: without a way back; gap: how far packing is from plain.
 
-    resident_bytes, peak_bytes: 0 where the kernel does not tell. sizes: how many micro-batch sizes were met.
+    loaded_bytes, peak_bytes, resident_bytes: before the first micro-batch, at the most, and when all is gone;
+        0 where the kernel does not tell. sizes: how many micro-batch sizes were met.
     """
 
     timed: tuple[Timed, ...]
     looked: Timed
     gap: float
-    resident_bytes: int
+    loaded_bytes: int
     peak_bytes: int
+    resident_bytes: int
     sizes: int
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("loaded_bytes", "peak_bytes", "resident_bytes")}
 
     def settled(self, work: Work, chosen: fit.Choice) -> footprint.Forecast:
         """The forecast with what was measured in place of what was assumed."""
@@ -53,16 +58,16 @@ class Trial:
 
 
 def run(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> Trial:
-    timed, looked, gap, peak = _micros(phase, inputs, work, chosen)
-    memory.release()
+    timed, looked, gap, (loaded, peak) = _micros(phase, inputs, work, chosen)
+    heap.release()
     sizes = len({count for count, _ in timed})
-    return Trial(tuple(timed), looked, gap, memory.rss_bytes(), peak, sizes)
+    return Trial(tuple(timed), looked, gap, loaded, peak, memory.rss_bytes(), sizes)
 
 
 def _micros(
     phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice
-) -> tuple[list[Timed], Timed, float, int]:
-    """Times, the gap and the peak; what was made for them is gone afterwards."""
+) -> tuple[list[Timed], Timed, float, tuple[int, int]]:
+    """Times, the gap, what was loaded and the peak; what was made for them is gone afterwards."""
     shape, need = work.need.shape, work.need
     dtype = "bfloat16" if shape.weight_bytes == 2 else "float32"
     model = bases.load(inputs.artefacts["model"] / "base", dtype)
@@ -70,7 +75,6 @@ def _micros(
     gap = bases.prove(model, sorted(first, key=lambda row: len(row.ids))[:: max(1, len(first) - 1)][:2])
     model = phase.method.module.attach(model, phase.method.params, inputs.seed)
     formulas = native.kernels(need.how.compiled)
-    memory.hold()
     fused.fuse(model, formulas, chosen.checkpointing.value)
     warm, *micros = _few(work, chosen)
     made = [(_taught(batch.collate(rows), phase.objective), layout.of(rows)) for rows in micros]
@@ -82,7 +86,8 @@ def _micros(
         phase.objective.module.loss(logp_N, micro.reference_N, micro, params).total.backward()
 
     model.train()
-    memory.release()
+    heap.release()
+    loaded = memory.rss_bytes()
     told = memory.forget_peak()
     descend(_taught(batch.collate(warm), phase.objective))  # the first one makes what all others use again
     timed: list[Timed] = [
@@ -94,7 +99,7 @@ def _micros(
     with torch.no_grad():
         micro, at = made[len(made) // 2]
         looked = _seconds(lambda micro: head.batch_logps(model, micro, head.TILE, formulas), micro)
-    return timed, (flops.validation(shape, at).total, looked), gap, peak
+    return timed, (flops.validation(shape, at).total, looked), gap, (loaded, peak)
 
 
 def _taught(micro: Batch, objective: Any) -> Batch:

@@ -22,7 +22,7 @@ import torch
 from luthier import artifacts, template
 from luthier.devices import DEVICES, Device
 from luthier.engine import base as bases
-from luthier.engine import batch, flash, native
+from luthier.engine import batch, flash, heap, native
 from luthier.errors import DataError, PlanError
 from luthier.forecast import fit, flops, footprint, host, layout, pace
 from luthier.forecast.footprint import Checkpointing
@@ -130,6 +130,8 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
         mapped=device is None and bases.stored(folder) == {dtype},
     )  # fmt: skip
     way = how(device, native.can_compile())
+    if way.here:
+        way = replace(way, heap=heap.hold())
     if way.here and way.compiled:
         way = replace(way, flash=flash.knows(getattr(torch, dtype), shape.head_width))
     if _sampling.wanted(phase):
@@ -256,6 +258,7 @@ def _tried(
     return {
         "minutes": seconds / 60,
         "packing_gap": trial.gap,
+        "trial": trial.as_dict(),
         "pace": {
             "micro_batch_s": round(descent.call_s, 5),
             "operations_per_s": round(1 / descent.operation_s),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from luthier import artifacts, template
 from luthier.engine import base as bases
-from luthier.engine import batch, fused, launch, loop, memory, native, placement
+from luthier.engine import batch, fused, heap, launch, loop, memory, native, placement
 from luthier.engine.placement import Placement
 from luthier.engine.saver import Saver
 from luthier.errors import Interrupted, TrainError
@@ -70,8 +70,8 @@ def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict
     """The plan in this process: all of the training, or one rank's part. The first rank has the facts."""
     plan = artifacts.read_json(inputs.artefacts["plan"] / "plan.json")
     torch.set_num_threads(plan["threads"])
-    memory.release()
-    memory.hold()
+    heap.release()
+    heap.hold()
     memory.forget_peak()
     work = _prepare(section[0], plan, inputs, place)
     if "rollouts" in section[0].objective.module.NEEDS:

@@ -1,0 +1,146 @@
+// The heap that tensors lie in: the room of a freed tensor is whole again at once.
+//
+// Source: best fit with merging of neighbours (Knuth, The Art of Computer Programming, volume 1, section 2.5).
+// torch asks glibc for aligned memory; glibc cuts what is too much from such a piece's ends and keeps it aside
+// for small requests, so that a freed room no longer takes a tensor of the very size that left it.
+//
+// Small tensors stay with torch's own allocator. It does not know threads' caches, devices, or huge pages.
+
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
+
+namespace {
+
+constexpr std::size_t LEAST = 16 * 1024;  // bytes of a tensor; smaller ones would cut rooms into pieces
+constexpr std::size_t STEP = 64;          // bytes; rooms begin at multiples, as torch's tensors do
+
+using Room = std::pair<char*, std::size_t>;  // where it begins, its bytes
+
+class Heap final : public c10::Allocator {
+   public:
+    Heap(char* first, std::size_t bytes) : first(first), end(first), last(first + bytes) {}
+
+    c10::DataPtr allocate(std::size_t bytes) override {
+        char* place = bytes < LEAST ? nullptr : take((bytes + STEP - 1) / STEP * STEP);
+        void* data = place ? place : c10::alloc_cpu(bytes);
+        return {data, data, &free, c10::Device(c10::DeviceType::CPU)};
+    }
+
+    c10::DeleterFnPtr raw_deleter() const override { return &free; }
+
+    void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+    // Whole pages that no tensor lies in go back to the kernel.
+    void trim() {
+        const std::lock_guard<std::mutex> alone(mutex);
+        const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+        for (const auto& [place, bytes] : rooms) {
+            const auto low = (reinterpret_cast<std::uintptr_t>(place) + page - 1) / page * page;
+            const auto high = reinterpret_cast<std::uintptr_t>(place + bytes) / page * page;
+            if (low < high) madvise(reinterpret_cast<void*>(low), high - low, MADV_DONTNEED);
+        }
+    }
+
+   private:
+    static void free(void* data);
+
+    // The smallest room that is large enough, or more of the end; null where there is no end left.
+    char* take(std::size_t bytes) {
+        const std::lock_guard<std::mutex> alone(mutex);
+        const auto fit = sizes.lower_bound({bytes, nullptr});
+        char* place;
+        if (fit != sizes.end()) {
+            const auto [size, at] = *fit;
+            drop(at, size);
+            if (size > bytes) add(at + bytes, size - bytes);
+            place = at;
+        } else {
+            const Room room = rooms.empty() ? Room(end, 0) : Room(*rooms.rbegin());
+            place = room.first + room.second == end ? room.first : end;
+            if (bytes > static_cast<std::size_t>(last - place)) return nullptr;
+            if (place != end) drop(place, room.second);
+            end = place + bytes;
+        }
+        taken[place] = bytes;
+        return place;
+    }
+
+    // A room that is left grows by its free neighbours.
+    void leave(char* place) {
+        const std::lock_guard<std::mutex> alone(mutex);
+        const auto found = taken.find(place);
+        std::size_t bytes = found->second;
+        taken.erase(found);
+        const auto above = rooms.lower_bound(place);
+        const Room next = above == rooms.end() ? Room(last, 0) : Room(*above);
+        const Room before = above == rooms.begin() ? Room(nullptr, 0) : Room(*std::prev(above));
+        if (next.first == place + bytes) {
+            drop(next.first, next.second);
+            bytes += next.second;
+        }
+        if (before.first + before.second == place) {
+            drop(before.first, before.second);
+            place = before.first;
+            bytes += before.second;
+        }
+        add(place, bytes);
+    }
+
+    void add(char* place, std::size_t bytes) {
+        rooms[place] = bytes;
+        sizes.insert({bytes, place});
+    }
+
+    void drop(char* place, std::size_t bytes) {
+        rooms.erase(place);
+        sizes.erase({bytes, place});
+    }
+
+    char* const first;
+    char* end;  // of what was ever taken
+    char* const last;
+    std::mutex mutex;
+    std::map<char*, std::size_t> taken, rooms;  // bytes of each; rooms are free
+    std::set<std::pair<std::size_t, char*>> sizes;
+};
+
+Heap* heap = nullptr;  // never deleted: tensors outlive all else
+
+void Heap::free(void* data) {
+    char* const place = static_cast<char*>(data);
+    if (place >= heap->first && place < heap->last) {
+        heap->leave(place);
+    } else {
+        c10::free_cpu(data);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// From now on tensors lie in a heap of at most so many bytes of address space; false if those are not to be had.
+bool hold(long bytes) {
+    if (heap) return true;
+    void* place = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (place == MAP_FAILED) return false;
+    heap = new Heap(static_cast<char*>(place), bytes);
+    c10::SetCPUAllocator(heap, 1);
+    return true;
+}
+
+void trim() {
+    if (heap) heap->trim();
+}
+
+}  // extern "C"
