@@ -1,17 +1,17 @@
 """How far the plan is from what comes: peak memory and time, over configurations it was not fitted to.
 
-    python bench/plan_accuracy.py RESULT.json [--set SET] [--only NAME,…] [--guard HOME]
+    python bench/plan_accuracy.py RESULT.json [--seed SEED] [--count COUNT] [--guard HOME]
+    python bench/plan_accuracy.py RESULT.json --set SET [--only NAME,…]
 
 Every configuration is a random-weight model, rows of random words and a recipe, taken through data, model,
 plan and train in a fresh process; `--guard HOME` adds `examples/guard.yaml`'s real base, in that home. Peaks
 are the kernel's (`VmHWM`) of the train stage. The result is written after every run, and what is in it
 already is not run again. `FITTING` holds the configurations that the constants of `forecast/footprint.py`
-were set on; `HELD_OUT` shares none of them, and as what is lost to the heap was set once more after a look
-at it, `JUDGED` was drawn then. Memory's peak is reached in a few steps, so they are short.
+were set on; those that judge are drawn from a seed, another one whenever something was changed after a look
+at what an earlier one gave. Memory's peak is reached in a few steps, so they are short.
 
 Times mean something on a quiet machine alone; memory does not care. `TIMES` are small models and more steps:
 all of them take about eight minutes where nothing else runs, and `--seconds` leaves off in time.
-`TIMES_BEFORE` were seen before the trial's times were made those of sizes not met before (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -79,52 +79,6 @@ FITTING = (
     Config("fit-many", 10, 576, 9, 3, 1536, 8192, (5, 60), 16, 60),
     Config("fit-full", 16, 512, 8, 4, 1536, 32000, (100, 400), 4, 14, checkpointing="full"),
 )
-HELD_OUT = (
-    Config("smol-middle", 30, 576, 9, 3, 1536, 49152, (150, 350), 4, 8, answer=40),
-    Config("smol-qv", 30, 576, 9, 3, 1536, 49152, (20, 90), 8, 16, targets=("q_proj", "v_proj")),
-    Config("smol-float", 30, 576, 9, 3, 1536, 49152, (30, 90), 6, 8, dtype="float32"),
-    Config("smol-selective", 30, 576, 9, 3, 1536, 49152, (100, 400), 3, 8, checkpointing="selective"),
-    Config("smol-full", 30, 576, 9, 3, 1536, 49152, (100, 400), 3, 8, checkpointing="full"),
-    Config("smol-pairs", 30, 576, 9, 3, 1536, 49152, (30, 120), 4, 8, answer=50, objective="dpo", r=8),
-    Config("deep-narrow", 40, 256, 4, 2, 704, 8192, (50, 300), 6, 24),
-    Config("shallow-wide", 4, 1280, 20, 5, 5120, 32000, (100, 600), 3, 12, r=4),
-    Config("qwen-like", 14, 448, 7, 1, 2432, 151936, (60, 260), 6, 12),
-    Config("qwen-norms", 16, 512, 8, 4, 1536, 65536, (80, 400), 5, 12, family="qwen3"),
-    Config("gemma-like", 10, 384, 4, 2, 1536, 98304, (60, 260), 6, 14, family="gemma3", answer=20),
-    Config("phi-like", 12, 512, 8, 4, 1536, 32064, (100, 400), 4, 16, family="phi3"),
-    Config("mistral-pairs", 12, 448, 7, 7, 1216, 32000, (60, 200), 4, 16, family="mistral", answer=40,
-           objective="dpo"),
-    Config("long-rows", 10, 448, 7, 7, 1216, 32000, (1200, 1900), 1, 14, answer=100),
-    Config("very-long", 8, 384, 6, 2, 1024, 32000, (2200, 3000), 1, 12),
-    Config("much-learnt", 16, 384, 6, 3, 1024, 49152, (50, 150), 6, 16, answer=250),
-    Config("high-rank", 12, 640, 10, 5, 1728, 32000, (60, 300), 6, 14, r=128),
-    Config("float-long", 8, 640, 10, 2, 1728, 24000, (400, 800), 2, 12, dtype="float32", r=8),
-    Config("shared-start", 16, 448, 7, 7, 1216, 32000, (20, 120), 12, 16, system="Answer at once. " * 12),
-    Config("mini", 6, 192, 3, 3, 512, 8192, (20, 120), 8, 80),
-    Config("small-steps", 16, 384, 6, 2, 1024, 16384, (5, 80), 6, 120, r=8),
-    Config("mlp-only", 12, 512, 8, 8, 1408, 32000, (50, 250), 8, 14,
-           targets=("gate_proj", "up_proj", "down_proj")),
-)  # fmt: skip
-JUDGED = (
-    Config("j-smol", 30, 576, 9, 3, 1536, 49152, (20, 70), 8, 10, r=12),
-    Config("j-smol-float", 30, 576, 9, 3, 1536, 49152, (20, 60), 6, 6, dtype="float32", r=4),
-    Config("j-pairs", 14, 512, 8, 4, 1408, 24576, (30, 130), 3, 14, answer=40, objective="dpo"),
-    Config("j-full", 20, 448, 7, 7, 1216, 24576, (60, 300), 4, 16, checkpointing="full", r=24),
-    Config("j-selective", 12, 576, 9, 9, 1536, 16384, (60, 300), 4, 14, checkpointing="selective"),
-    Config("j-long", 6, 448, 7, 7, 1216, 16384, (900, 1500), 1, 20, answer=60),
-    Config("j-longer", 5, 320, 5, 5, 896, 16384, (2100, 2600), 1, 16),
-    Config("j-wide", 3, 1152, 18, 6, 4608, 16384, (60, 400), 3, 18),
-    Config("j-deep", 32, 320, 5, 5, 896, 8192, (30, 160), 5, 22, r=4),
-    Config("j-words", 8, 512, 8, 2, 1408, 131072, (40, 120), 6, 14, answer=30),
-    Config("j-rank", 10, 576, 9, 3, 1536, 16384, (40, 200), 5, 18, r=160),
-    Config("j-qv", 9, 576, 9, 3, 1600, 12288, (40, 160), 5, 30, targets=("q_proj", "v_proj")),
-    Config("j-norms", 12, 448, 7, 7, 1216, 32768, (50, 250), 5, 22, family="qwen3"),
-    Config("j-gemma", 8, 448, 7, 7, 1344, 32768, (50, 200), 5, 18, family="gemma3"),
-    Config("j-phi", 9, 448, 7, 7, 1216, 16384, (50, 300), 4, 24, family="phi3"),
-    Config("j-mistral", 10, 384, 6, 3, 1024, 16384, (30, 250), 5, 30, family="mistral"),
-    Config("j-small", 5, 256, 4, 4, 704, 8192, (10, 150), 8, 80),
-    Config("j-steps", 9, 384, 6, 6, 1024, 12288, (5, 90), 6, 120, r=32),
-)
 TIMES = (
     Config("t-plain", 7, 448, 7, 7, 1216, 12288, (25, 140), 7, 32),
     Config("t-float", 6, 384, 6, 3, 1024, 12288, (25, 100), 7, 32, dtype="float32"),
@@ -144,28 +98,44 @@ TIMES = (
     Config("t-pairs", 7, 384, 6, 6, 1024, 12288, (25, 80), 3, 32, answer=25, objective="dpo"),
     Config("t-micros", 5, 384, 6, 6, 1024, 8192, (150, 350), 14, 26),
 )
-TIMES_BEFORE = (
-    Config("b-plain", 8, 384, 6, 2, 1024, 16384, (30, 120), 8, 34),
-    Config("b-float", 8, 320, 5, 5, 896, 16384, (30, 120), 8, 34, dtype="float32"),
-    Config("b-short", 12, 320, 5, 5, 896, 8192, (5, 40), 12, 40, r=8),
-    Config("b-long", 6, 320, 5, 5, 896, 8192, (500, 900), 1, 34, answer=40),
-    Config("b-mixed", 8, 320, 5, 1, 896, 16384, (5, 500), 4, 36),
-    Config("b-deep", 24, 192, 3, 3, 512, 8192, (40, 200), 4, 34),
-    Config("b-wide", 3, 896, 14, 2, 3072, 8192, (40, 200), 4, 34),
-    Config("b-words", 6, 320, 5, 5, 896, 98304, (30, 90), 6, 34, answer=20),
-    Config("b-rank", 8, 384, 6, 3, 1024, 8192, (40, 150), 6, 34, r=96),
-    Config("b-qv", 10, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, targets=("q_proj", "v_proj")),
-    Config("b-norms", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, family="qwen3"),
-    Config("b-gemma", 6, 320, 5, 5, 1024, 16384, (40, 150), 6, 34, family="gemma3"),
-    Config("b-phi", 8, 320, 5, 5, 896, 16384, (40, 150), 6, 34, family="phi3"),
-    Config("b-full", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, checkpointing="full"),
-    Config("b-selective", 8, 384, 6, 2, 1024, 16384, (40, 150), 6, 34, checkpointing="selective"),
-    Config("b-pairs", 8, 320, 5, 5, 896, 16384, (30, 90), 3, 34, answer=30, objective="dpo"),
-    Config("b-micros", 6, 320, 5, 5, 896, 8192, (200, 400), 16, 26),
-)
-SETS = {"held-out": HELD_OUT, "fitting": FITTING, "times": TIMES, "times-before": TIMES_BEFORE}
-SETS |= {"judged": JUDGED}
-EVERY = tuple(config for each in SETS.values() for config in each)
+SETS = {"fitting": FITTING, "times": TIMES}
+FAMILIES = ("llama", "llama", "qwen3", "mistral", "gemma3", "phi3")
+LARGEST = 140_000_000  # parameters
+OPERATIONS_PER_S = {"bfloat16": 3.5e11, "float32": 1e11}  # roughly, of two cores
+SECONDS = 25  # roughly, of training
+
+
+def drawn(seed: int, count: int) -> tuple[Config, ...]:
+    """Configurations of any size, length, method, rank and objective that train in about `SECONDS`."""
+    draw = random.Random(seed)
+    return tuple(_one(f"{seed}-{number}", draw) for number in range(1, count + 1))
+
+
+def _one(name: str, draw: random.Random) -> Config:
+    head, heads = draw.choice((32, 64, 64, 64, 128)), draw.randint(3, 16)
+    width, layers = head * heads, draw.randint(3, 32)
+    inner = 64 * round(width * draw.uniform(2.2, 4.5) / 64)
+    vocabulary = round(2 ** draw.uniform(12.5, 17.2))
+    inside = layers * (2 * width + 3 * inner) * width
+    if inside + vocabulary * width > LARGEST or width < 192:
+        return _one(name, draw)
+    dtype = draw.choice(("bfloat16",) * 5 + ("float32",))
+    objective = draw.choice(("sft",) * 5 + ("dpo",))
+    low = round(2 ** draw.uniform(3.5, 10.5))
+    high, answer = round(low * draw.uniform(1.3, 4.0)), draw.choice((4, 4, 20, 60, 200))
+    each = ((low + high) / 2 + answer) * (2 if objective == "dpo" else 1)
+    batch = max(1, round(2 ** draw.uniform(8.6, 11.5) / each))
+    a_step = 5 * batch * each * (inside + vocabulary * width * answer / each)
+    return Config(
+        name, layers, width, heads, draw.choice([n for n in range(1, heads + 1) if heads % n == 0]), inner,
+        vocabulary, (low, high), batch, max(8, min(60, int(SECONDS * OPERATIONS_PER_S[dtype] / a_step))),
+        r=draw.choice((4, 8, 16, 16, 32, 64, 128)), dtype=dtype, answer=answer, objective=objective,
+        targets=draw.choice(("all-linear",) * 4 + (("q_proj", "v_proj"),)), family=draw.choice(FAMILIES),
+        checkpointing=draw.choice((None, None, None, "selective", "full")),
+        system=draw.choice((None, None, None, "Answer at once. " * 8)),
+    )  # fmt: skip
+
+
 GUARDS = {
     "guard-8": {"train.0.steps": 30, "train.0.method.r": 8},
     "guard-20": {"train.0.steps": 24, "train.0.batch": 20},
@@ -176,19 +146,20 @@ def main() -> None:
     asked = arguments()
     whole = json.loads(asked.result.read_text("utf-8")) if asked.result.exists() else {}
     whole |= {"cpu": cpu(), "threads": asked.threads}
-    done = whole.setdefault(asked.set, {"summary": {}, "runs": []})
+    judging = asked.set is None
+    done = whole.setdefault(f"drawn-{asked.seed}" if judging else asked.set, {"summary": {}, "runs": []})
     if asked.again:
         again(done, asked)
     known = {run["name"] for run in done["runs"]}
-    names = [config.name for config in SETS[asked.set]]
-    names += list(GUARDS) if asked.guard and asked.set == "judged" else []
+    given = {each.name: each for each in (drawn(asked.seed, asked.count) if judging else SETS[asked.set])}
+    names = [*given, *(GUARDS if asked.guard and judging else ())]
     began = time.monotonic()
     for name in names:
         if time.monotonic() - began > asked.seconds:
             break
         if name in known or (asked.only and name not in asked.only.split(",")):
             continue
-        run = once(name, asked)
+        run = once(name, given.get(name), asked)
         done["runs"].append({"name": name, **run})
         done["summary"] = summary(done["runs"])
         keep(whole, asked.result)
@@ -201,7 +172,8 @@ def main() -> None:
 def again(done: dict[str, Any], asked: argparse.Namespace) -> None:
     """Hold the plans of today's code against the runs of the file; for a second look, not for a record."""
     for run in done["runs"]:
-        found = once(run["name"], asked)
+        config = Config(**run["config"]) if run["name"] not in GUARDS else None
+        found = once(run["name"], config, asked)
         if "failed" not in found and "failed" not in run:
             run["predicted_bytes"] = found["predicted_bytes"]
             run["peak_error"] = round(found["predicted_bytes"]["total"] / run["peak_bytes"] - 1, 4)
@@ -223,7 +195,9 @@ def cpu() -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("result", type=Path)
-    parser.add_argument("--set", default="judged", choices=sorted(SETS))
+    parser.add_argument("--seed", type=int, default=1, help="of the configurations drawn")
+    parser.add_argument("--count", type=int, default=18, help="how many are drawn")
+    parser.add_argument("--set", choices=sorted(SETS), help="these instead of drawn ones")
     parser.add_argument("--again", action="store_true", help="plan anew what was run already; train nothing")
     parser.add_argument("--only", help="these names, with commas")
     parser.add_argument("--guard", help="a home in which examples/guard.yaml can run")
@@ -238,9 +212,11 @@ def arguments() -> argparse.Namespace:
     return found
 
 
-def once(name: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """One configuration in a process of its own; a failure is a result too."""
-    command = [sys.executable, __file__, str(asked.result), "--inside", name, "--threads", str(asked.threads)]
+def once(name: str, config: Config | None, asked: argparse.Namespace) -> dict[str, Any]:
+    """One configuration, or a guard, in a process of its own; a failure is a result too."""
+    inside = json.dumps(asdict(config)) if config else name
+    command = [sys.executable, __file__, str(asked.result), "--inside", inside]
+    command += ["--threads", str(asked.threads)]
     command += ["--steps", str(asked.steps)]
     command += ["--again"] if asked.again else []
     command += ["--guard", asked.guard] if asked.guard else []
@@ -262,7 +238,7 @@ def inside(asked: argparse.Namespace) -> None:
             wishes = GUARDS[asked.inside] | {"plan.threads": asked.threads}
             about: dict[str, Any] = dict(wishes)
         else:
-            config = next(each for each in EVERY if each.name == asked.inside)
+            config = Config(**json.loads(asked.inside))
             config = replace(config, steps=min(config.steps, asked.steps))
             recipe, home, wishes = write(config, place, asked.threads), str(place / "home"), {}
             about = asdict(config)
@@ -376,11 +352,12 @@ def model(config: Config, folder: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import plan_accuracy as own; own._model(*sys.argv[2:])"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), config.name, str(folder)]
+    given = json.dumps(asdict(config))
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), given, str(folder)]
     subprocess.run(command, check=True, capture_output=True)
 
 
-def _model(name: str, folder: str) -> None:
+def _model(given: str, folder: str) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
@@ -393,7 +370,7 @@ def _model(name: str, folder: str) -> None:
         Qwen3Config,
     )
 
-    config = next(each for each in EVERY if each.name == name)
+    config = Config(**json.loads(given))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate([*SPECIAL, *alphabet])}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -54,6 +54,7 @@ ABLATIONS = {
             "grouped",
             "torch-products",
             "whole-head",
+            "glibc",
         )
     },
 }

@@ -11,6 +11,7 @@ attention, tiled head. Every other variant undoes one of them and leaves the res
     grouped      attention as torch's products over groups of documents, not in C++ from end to end
     torch-products  torch's matrix products in the layers (only where ours are used at all: bf16 without AMX)
     whole-head   all logits of the learnt tokens at once, through autograd
+    glibc        tensors in glibc's heap, not in `engine.heap`
     exact        `full` in float32 without compiling, for comparing losses
 
 It does not know the other systems.
@@ -18,6 +19,7 @@ It does not know the other systems.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from luthier.engine import attention, base, batch, documents, fused, head, heap, loop, native
-from luthier.engine.kernels import PLAIN
+from luthier.engine.kernels import PLAIN, Kernels
 from luthier.forecast import fit
 from luthier.methods import lora
 from luthier.objectives import Batch, sft
@@ -53,6 +55,7 @@ class Ideas:
     flash: bool = True
     own_products: bool = True
     tiled: bool = True
+    own_heap: bool = True
     dtype: str | None = None  # the job's
 
 
@@ -66,6 +69,7 @@ VARIANTS = {
     "grouped": Ideas(flash=False),
     "torch-products": Ideas(own_products=False),
     "whole-head": Ideas(tiled=False),
+    "glibc": Ideas(own_heap=False),
     "exact": Ideas(compiled=False, dtype="float32"),
 }
 
@@ -77,7 +81,7 @@ def untiled_scores(hidden_N_E: Any, weight_V_E: Any, targets_N: Any, tile: int, 
     return head.Scored(logp_N_V.gather(1, targets_N[:, None])[:, 0], logp_N_V.argmax(-1) == targets_N)
 
 
-def formulas(ideas: Ideas) -> Any:
+def formulas(ideas: Ideas) -> Kernels:
     found = native.kernels(ideas.compiled and native.can_compile())
     found = replace(found, flash=found.flash and ideas.flash and ideas.own_attention)
     if ideas.own_products:
@@ -85,7 +89,7 @@ def formulas(ideas: Ideas) -> Any:
     return replace(found, total=PLAIN.total, outer=PLAIN.outer)
 
 
-def prepare(job: Job, ideas: Ideas) -> Any:
+def prepare(job: Job, ideas: Ideas, kernels: Kernels) -> Any:
     """The model as the train stage makes it, less what the variant leaves out."""
     if not ideas.own_attention:
         attention.LONG = 0  # documents longer than this go to torch's kernel
@@ -101,7 +105,7 @@ def prepare(job: Job, ideas: Ideas) -> Any:
         else:
             lora.save(model, folder, "benchmark-base")
     if ideas.fused:
-        fused.fuse(model, formulas(ideas))
+        fused.fuse(model, kernels)
     return model
 
 
@@ -135,19 +139,8 @@ def flat(rows: list[Encoded]) -> tuple[Batch, ...]:
     return tuple(batch.collate([rows[number] for number in members], block=0) for members in packed)
 
 
-def main() -> None:
-    job = Job.given()
-    ideas = VARIANTS[job.variant]
-    told = job.read()
-    meter = Meter.over(job, told)
-    torch.set_num_threads(job.threads)
-    heap.hold()
-    model = prepare(job, ideas)
-    rows = encoded(told)
-    settings = loop.Settings(
-        steps=job.steps, lr=job.lr, seed=job.seed, schedule="constant", formulas=formulas(ideas)
-    )
-
+def micro_batches(job: Job, ideas: Ideas, rows: list[Encoded]) -> Callable[[int], tuple[Batch, ...]]:
+    """The micro-batches of each step, from 1."""
     steps = [rows[at : at + job.batch] for at in range(0, len(rows), job.batch)]
 
     def computed(budget: int) -> int:
@@ -155,18 +148,47 @@ def main() -> None:
 
     budget = fit.enough(computed, MICRO_TOKENS, SHARING_TOKENS)  # as the plan has it
 
-    def micros(step: int) -> tuple[Batch, ...]:
+    def of(step: int) -> tuple[Batch, ...]:
         some = steps[step - 1]
         if not ideas.packed:
             return padded(some)
         return batch.micro_batches(some, budget) if ideas.shared else flat(some)
 
+    return of
+
+
+def training(
+    job: Job, ideas: Ideas, kernels: Kernels, rows: list[Encoded]
+) -> tuple[Any, Iterator[loop.Step]]:
+    """The model as it stands before the first step, and the steps, each done when it is asked for."""
+    torch.set_num_threads(job.threads)
+    if ideas.own_heap:
+        heap.hold()
+    else:
+        heap.hold_glibc()
+    model = prepare(job, ideas, kernels)
+    settings = loop.Settings(steps=job.steps, lr=job.lr, seed=job.seed, schedule="constant", formulas=kernels)
+
     def objective(policy: Any, reference: Any, micro: Batch) -> Any:
         return sft.loss(policy, reference, micro, sft.Params())
 
+    micros, adam = micro_batches(job, ideas, rows), loop.optimiser(model, settings)
+    return model, loop.train(model, micros, objective, adam, settings)
+
+
+def main() -> None:
+    job = Job.given()
+    ideas = VARIANTS[job.variant]
+    told = job.read()
+    meter = Meter.over(job, told)
+    model, steps = training(job, ideas, formulas(ideas), encoded(told))
+
+    def keep(folder: str) -> None:
+        lora.save(model, Path(folder), "benchmark-base")
+
     meter.start()
-    for step in loop.train(model, micros, objective, loop.optimiser(model, settings), settings):
-        meter.step(step.loss, lambda folder: lora.save(model, Path(folder), "benchmark-base"))
+    for step in steps:
+        meter.step(step.loss, keep)
     meter.answer(("luthier", "torch", "transformers", "peft"))
 
 

@@ -196,6 +196,8 @@ def test_compiled_rotation_and_head_are_the_plain_ones(dtype: torch.dtype) -> No
     one, other = (formulas.settle(logits.clone(), targets, True) for formulas in (compiled, plain))
     assert gap(one[0], other[0]) < bound and gap(one[2], other[2]) < bound
     assert one[1].tolist() == other[1].tolist() == [n in (2, 4, 5) for n in range(9)]
+    alone = compiled.settle(logits.clone(), targets, False)
+    assert torch.equal(alone[0], one[0]) and torch.equal(alone[1], one[1]) and alone[2] is None
 
 
 @COMPILER

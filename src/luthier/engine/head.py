@@ -59,6 +59,7 @@ class _TokenScores(torch.autograd.Function):
             logp_N[part], right_N[part], residual_n_V = settle(logits_n_V, targets_N[part], needs_hidden)
             if slope_N_E is not None:
                 torch.mm(residual_n_V, weight_V_E, out=slope_N_E[part])
+            del logits_n_V, residual_n_V  # before the next tile is made
         ctx.save_for_backward(slope_N_E, targets_N, *((hidden_N_E, weight_V_E) if needs_weight else ()))
         ctx.tile, ctx.settle = tile, settle
         ctx.mark_non_differentiable(right_N)

@@ -34,12 +34,17 @@ def hold() -> bool:
     library = _library()
     if library is not None and library.hold(ctypes.c_long(2 * memory.machine()[0])):
         return True
+    hold_glibc()
+    return False
+
+
+def hold_glibc() -> None:
+    """Keep freed memory in glibc's heap, whatever comes; a tensor seldom fits where one of its size was."""
     with suppress(OSError, AttributeError):
         glibc = ctypes.CDLL(None)
         glibc.mallopt(_M_MMAP_MAX, 0)
         glibc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         glibc.mallopt(_M_TOP_PAD, 64 * 2**20)
-    return False
 
 
 @cache

@@ -149,7 +149,7 @@ void turn(const N* x, const N* cosine, const N* sine, N* out, long tokens, long 
 }
 
 template <class N>
-void settle(N* logits, const int64_t* targets, float* logps, bool* right, long rows, long width) {
+void settle(N* logits, const int64_t* targets, float* logps, bool* right, long rows, long width, long wanted) {
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < rows; ++row) {
         N* at = logits + row * width;
@@ -164,6 +164,7 @@ void settle(N* logits, const int64_t* targets, float* logps, bool* right, long r
             for (long v = 0; v < targets[row]; ++v) ahead += wide(at[v]) == top;
         right[row] = wide(at[targets[row]]) == top && !ahead;
         logps[row] = wide(at[targets[row]]) - top - __builtin_logf(sum);
+        if (!wanted) continue;
 #pragma omp simd
         for (long v = 0; v < width; ++v) put(at[v], power(wide(at[v]) - top) * share);
         put(at[targets[row]], 1.0f - chosen);
@@ -190,5 +191,5 @@ BOTH(soften_backward, (void* g, void* w, long n, long l, long r, long before, lo
      (OUT(g), IN(w), n, l, r, before, window, scale))
 BOTH(turn, (void* x, void* c, void* s, void* y, long t, long h, long e, long r, long stride, float sign),
      (IN(x), IN(c), IN(s), OUT(y), t, h, e, r, stride, sign))
-BOTH(settle, (void* x, int64_t* targets, float* logps, bool* right, long n, long v),
-     (OUT(x), targets, logps, right, n, v))
+BOTH(settle, (void* x, int64_t* targets, float* logps, bool* right, long n, long v, long wanted),
+     (OUT(x), targets, logps, right, n, v, wanted))

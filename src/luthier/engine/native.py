@@ -186,11 +186,11 @@ def _unturn(grad_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 
 def _settle(logits_N_V: Tensor, targets_N: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not _takes(logits_N_V) or not targets_N.is_contiguous() or not wanted:
+    if not _takes(logits_N_V) or not targets_N.is_contiguous():
         return plain.settle(logits_N_V, targets_N, wanted)
     logp_N, right_N = torch.empty(len(targets_N)), torch.empty(len(targets_N), dtype=torch.bool)
-    _call("settle", logits_N_V.dtype, logits_N_V, targets_N, logp_N, right_N, *logits_N_V.shape)
-    return logp_N, right_N, logits_N_V
+    _call("settle", logits_N_V.dtype, logits_N_V, targets_N, logp_N, right_N, *logits_N_V.shape, int(wanted))
+    return logp_N, right_N, logits_N_V if wanted else None
 
 
 class _Thin(ctypes.Structure):

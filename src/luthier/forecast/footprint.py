@@ -5,10 +5,10 @@ keep from the forward to the backward pass, tensor by tensor, for the micro-batc
 (`forecast.layout`); Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980); bits per parameter as in the
 table that QLoRA's authors drew up (Dettmers et al. 2023, arXiv 2305.14314), double quantisation included.
 
-Some numbers are not derived, and hold for CPU runs with glibc at best: what the process takes before any
-weight, what one compiled product of the matrix library takes (both are measured where a trial can be made,
-`settled`), and how much freed memory cannot be used again while batches change their size. The last was
-fitted to a few runs, listed with those it was judged by in bench/results/2026-11-25-plan.json.
+Some numbers are not derived: what the process takes before any weight and what one compiled product of the
+matrix library takes (both are measured where a trial can be made, `settled`), and, where tensors do not lie
+in `engine.heap`, how much freed memory cannot be used again while batches change their size. That was fitted
+to a few runs on glibc's heap (bench/results/2026-11-25-plan.json).
 
 It does not know experts, optimisers that are sharded, or weights that train in the base itself.
 """
@@ -16,7 +16,7 @@ It does not know experts, optimisers that are sharded, or weights that train in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -29,7 +29,8 @@ FLOAT32 = 4
 RUN = {"q_proj": 0, "qkv_proj": 0, "o_proj": 1, "gate_proj": 2, "gate_up_proj": 2, "down_proj": 3}
 PROCESS_BYTES = 475_000_000  # Python with torch, transformers and PEFT loaded, before any weight
 PRODUCT_BYTES = 600_000  # one compiled product of the matrix library for one shape, 16 bit only
-PRODUCTS, PRODUCTS_A_SIZE = 128, 38  # how many are kept; how many one new micro-batch size makes
+PRODUCTS = 128  # so many are kept
+PRODUCTS_A_SIZE, PRODUCTS_A_TILE = 38, 2  # so many are made for a micro-batch of a new size, and for a tile
 FRAGMENTATION = 0.15  # of what comes and goes with a step: freed pieces that fit nothing
 SPREAD_BYTES = 105_000_000  # the same for any step: pieces that stay lie between those that go
 LEAST_SPREAD_BYTES, SPREAD_SHARE = 55_000_000, 0.6  # of small models, and where little is kept, less
@@ -163,6 +164,7 @@ class How:
     sampling_bytes: what the same process holds to sample answers, beside all of training.
     flash: attention keeps what came in and went out, no scores (`engine.flash`, and kernels of a GPU).
     heap: tensors lie in a heap of their own (`engine.heap`), whose freed rooms are whole.
+    multiplies: layers' products are our own (`engine.native`); the matrix library has the head's alone.
     """
 
     checkpointing: Checkpointing = Checkpointing.NONE
@@ -176,6 +178,7 @@ class How:
     sampling_bytes: int = 0
     flash: bool = False
     heap: bool = False
+    multiplies: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,13 +249,18 @@ def passing_bytes(shape: Shape, at: Layout, how: How) -> int:
     return max(gated, scores + sent - freed)
 
 
+def tile_bytes(shape: Shape, at: Layout, how: How) -> int:
+    """The head at its most: a tile of logits, which compiled formulas make their gradient in place, and the
+    hidden states of all tokens and of those with a loss."""
+    c, rows = shape.weight_bytes, min(how.tile, at.loss_tokens)
+    each = c if how.compiled else 2 * FLOAT32 + (c if c < FLOAT32 else 0)
+    return rows * shape.vocabulary * each + c * shape.width * (at.tokens + at.loss_tokens)
+
+
 def looking_bytes(shape: Shape, at: Layout, how: How) -> int:
-    """What a look at held-out rows, or a reference, takes at its most: a tile of logits, float32 twice beside
-    it, or a layer's widest product."""
-    c = shape.weight_bytes
-    rows = min(how.tile, at.loss_tokens)
-    tile = rows * shape.vocabulary * (2 * FLOAT32 + (c if c < FLOAT32 else 0))
-    return max(tile, c * at.tokens * 4 * shape.inner) + c * shape.width * (at.tokens + at.loss_tokens)
+    """What a look at held-out rows, or a reference, takes at its most: the head, or a layer's MLP."""
+    wide = shape.weight_bytes * at.tokens * (4 * shape.inner + shape.width)
+    return max(tile_bytes(shape, at, how), wide)
 
 
 def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
@@ -262,10 +270,7 @@ def moving_bytes(shape: Shape, at: Layout, how: How) -> tuple[int, int]:
     each_layer = layer_bytes(shape, at, how.checkpointing, how.flash)
     kept = shape.layers * each_layer + 2 * c * shape.turns * shape.head_width * at.tokens
     slope = c * d * at.loss_tokens
-    rows = min(how.tile, at.loss_tokens)
-    each = c if how.compiled else 2 * FLOAT32 + c  # of a logit: compiled, it becomes its gradient in place
-    tile = rows * shape.vocabulary * each * (2 if at.loss_tokens > how.tile else 1)
-    tile += c * d * (at.tokens + at.loss_tokens)
+    tile = tile_bytes(shape, at, how)
     passing = passing_bytes(shape, at, how)
     if how.checkpointing is Checkpointing.FULL:
         passing += layer_bytes(shape, at, flash=how.flash)
@@ -299,7 +304,7 @@ def forecast(shape: Shape, load: Load, how: How) -> Forecast:
     lost = lost_bytes(shape, activations + head, how, load.steps)
     looked = max((looking_bytes(shape, at, how) for at in set(load.looks)), default=0)
     if looked > activations + head + lost:  # freed memory is given back around a look
-        activations, head, lost = 0, looked, round(how.fragmentation * looked)
+        activations, head, lost = 0, looked, 0 if how.heap else round(how.fragmentation * looked)
     known = {
         "process": how.process_bytes + how.sampling_bytes,
         "rows": ROW_TOKEN_BYTES * load.row_tokens,
@@ -310,7 +315,7 @@ def forecast(shape: Shape, load: Load, how: How) -> Forecast:
         "activations": activations,
         "head": head,
         "checkpoint": 4 * adapters if how.here else 0,  # copies of weights and moments, the best weights
-        "products": products_bytes(shape, how, len({at.tokens for at in met})),
+        "products": products_bytes(shape, how, met | set(load.looks)),
     }  # fmt: skip
     return Forecast(**known, slack=round(lost + how.slack * sum(known.values())))
 
@@ -331,11 +336,20 @@ def lost_bytes(shape: Shape, moving: int, how: How, steps: int) -> int:
     return round(grown * (spread + how.fragmentation * moving))
 
 
-def products_bytes(shape: Shape, how: How, sizes: int) -> int:
-    """What the matrix library keeps once it has met micro-batches of so many sizes."""
+def products_bytes(shape: Shape, how: How, met: Iterable[Layout]) -> int:
+    """What the matrix library keeps once it has met these micro-batches."""
     if not how.here or shape.weight_bytes == FLOAT32:
         return 0
-    return how.product_bytes * min(PRODUCTS, PRODUCTS_A_SIZE * sizes)
+    if how.multiplies:
+        tiles = {rows for at in met for rows in tile_sizes(at, how)}
+        return how.product_bytes * min(PRODUCTS, PRODUCTS_A_TILE * len(tiles))
+    return how.product_bytes * min(PRODUCTS, PRODUCTS_A_SIZE * len({at.tokens for at in met}))
+
+
+def tile_sizes(at: Layout, how: How) -> set[int]:
+    """Rows of the head's tiles: the full ones', and the last one's."""
+    full, rest = divmod(at.loss_tokens, how.tile)
+    return ({how.tile} if full else set()) | ({rest} if rest else set())
 
 
 def settled(said: Forecast, resident: int, products: int, peak: int) -> Forecast:

@@ -19,6 +19,7 @@ import torch
 from luthier.engine import base as bases
 from luthier.engine import batch, fused, head, heap, memory, native
 from luthier.forecast import fit, flops, footprint, layout
+from luthier.forecast.layout import Layout
 from luthier.objectives import Batch
 from luthier.stages import Inputs
 from luthier.stages._elsewhere import Work
@@ -33,7 +34,7 @@ class Trial:
     """timed:  of training; looked: without a way back; gap: how far packing is from plain.
 
     loaded_bytes, peak_bytes, resident_bytes: before the first micro-batch, at the most, and when all is gone;
-        0 where the kernel does not tell. sizes: how many micro-batch sizes were met.
+        0 where the kernel does not tell. met: the micro-batches, as the matrix library met them.
     """
 
     timed: tuple[Timed, ...]
@@ -42,7 +43,7 @@ class Trial:
     loaded_bytes: int
     peak_bytes: int
     resident_bytes: int
-    sizes: int
+    met: tuple[Layout, ...]
 
     def as_dict(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("loaded_bytes", "peak_bytes", "resident_bytes")}
@@ -52,23 +53,25 @@ class Trial:
         if not self.resident_bytes:
             return chosen.forecast
         shape, how = work.need.shape, work.need.how
-        left = chosen.forecast.products - footprint.products_bytes(shape, how, self.sizes)
+        left = chosen.forecast.products - footprint.products_bytes(shape, how, self.met)
         resident = self.resident_bytes + how.sampling_bytes
         return footprint.settled(chosen.forecast, resident, max(0, left), self.peak_bytes)
 
 
 def run(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> Trial:
-    timed, looked, gap, (loaded, peak) = _micros(phase, inputs, work, chosen)
+    micros = _few(work, chosen)
+    timed, looked, gap, (loaded, peak) = _micros(phase, inputs, work, (chosen, micros))
     heap.release()
-    sizes = len({count for count, _ in timed})
-    return Trial(tuple(timed), looked, gap, loaded, peak, memory.rss_bytes(), sizes)
+    met = tuple(map(layout.of, micros))
+    return Trial(tuple(timed), looked, gap, loaded, peak, memory.rss_bytes(), met)
 
 
 def _micros(
-    phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice
+    phase: Any, inputs: Inputs, work: Work, tried: tuple[fit.Choice, list[list[Encoded]]]
 ) -> tuple[list[Timed], Timed, float, tuple[int, int]]:
     """Times, the gap, what was loaded and the peak; what was made for them is gone afterwards."""
     shape, need = work.need.shape, work.need
+    chosen, (warm, *micros) = tried
     dtype = "bfloat16" if shape.weight_bytes == 2 else "float32"
     model = bases.load(inputs.artefacts["model"] / "base", dtype)
     first = need.steps[0]
@@ -76,7 +79,6 @@ def _micros(
     model = phase.method.module.attach(model, phase.method.params, inputs.seed)
     formulas = native.kernels(need.how.compiled)
     fused.fuse(model, formulas, chosen.checkpointing.value)
-    warm, *micros = _few(work, chosen)
     made = [(_taught(batch.collate(rows), phase.objective), layout.of(rows)) for rows in micros]
     params = phase.objective.params
 

@@ -133,7 +133,8 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
     if way.here:
         way = replace(way, heap=heap.hold())
     if way.here and way.compiled:
-        way = replace(way, flash=flash.knows(getattr(torch, dtype), shape.head_width))
+        flashes = flash.knows(getattr(torch, dtype), shape.head_width)
+        way = replace(way, flash=flashes, multiplies=native.multiplies())
     if _sampling.wanted(phase):
         longest = max(len(one.ids) for one in batch.flat(train))
         way, validation = replace(way, sampling_bytes=_sampling.held_bytes(shape, phase, longest)), []
