@@ -117,7 +117,11 @@ def test_a_layout_counts_what_the_real_batch_lays_out(lengths: list[int], shared
     assert at.pairs == sum(pairs) and at.widest[0] == max(pairs)
 
 
-KEEPING = [("llama", ["q_proj", "v_proj"]), *((family, "all-linear") for family in sorted(FAMILIES))]
+KEEPING = [
+    ("llama", ["q_proj", "v_proj"]),
+    ("qwen3", ["v_proj", "o_proj"]),
+    *((family, "all-linear") for family in sorted(FAMILIES)),
+]
 
 
 @pytest.mark.parametrize(("family", "targets"), KEEPING, ids=str)

@@ -111,11 +111,9 @@ class Stack:
 
     def forward(self, x_T_E: Tensor, low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """The output, and the input in the adapters' (T, R) space, which the way back needs again."""
-        if low is None:
-            return nn.functional.linear(x_T_E, self.weight_O_E, self.bias_O), None
-        a_R_E, b_O_R = low
-        x_T_R = self._total(x_T_E, a_R_E.T)
-        y_T_O = self._total(x_T_E, self.weight_O_E.T, (x_T_R, b_O_R.T))
+        x_T_R = None if low is None else self._total(x_T_E, low[0].T)
+        more = None if low is None or x_T_R is None else (x_T_R, low[1].T)
+        y_T_O = self._total(x_T_E, self.weight_O_E.T, more)
         return (y_T_O if self.bias_O is None else y_T_O.add_(self.bias_O)), x_T_R
 
     def input_gradient(
@@ -132,12 +130,12 @@ class Stack:
     def adapter_gradients(
         self,
         grads: tuple[Tensor, Tensor | None],
-        inputs: tuple[Tensor, Tensor | None],
+        inputs: tuple[Tensor | None, Tensor | None],
         adapters: Sequence[Tensor],
     ) -> list[Tensor]:
         """The gradient of each A and B, from (output, adapter space) gradients and (input, adapter space)."""
         (grad_T_O, grad_T_R), (x_T_E, x_T_R) = grads, inputs
-        if grad_T_R is None or x_T_R is None:
+        if grad_T_R is None or x_T_E is None or x_T_R is None:
             return []
         grad_R_E = self._outer(grad_T_R, x_T_E)
         found: list[Tensor] = []
@@ -162,7 +160,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x_T_E: Tensor, stack: Stack, *adapters: Tensor) -> Tensor:
         low = stack.low(adapters)
         y_T_O, x_T_R = stack.forward(x_T_E, low)
-        ctx.save_for_backward(x_T_E, x_T_R, *(low or (None, None)), *adapters)
+        ctx.save_for_backward(x_T_E if adapters else None, x_T_R, *(low or (None, None)), *adapters)
         ctx.stack = stack
         return y_T_O
 
@@ -197,7 +195,7 @@ class _Gated(torch.autograd.Function):
         both_T_2F, x_T_R = mlp.both.forward(x_T_E, low)
         y_T_E, h_T_R = mlp.down.forward(mlp.gate(both_T_2F), low_down)
         kept = (
-            x_T_E,
+            x_T_E if count or mlp.again else None,
             None if mlp.again else both_T_2F,
             x_T_R,
             h_T_R,
@@ -284,8 +282,11 @@ def fuse(model: Any, formulas: Kernels, spare: Spare = "none") -> int:
             _fuse_mlp(module, (formulas, spare == "selective"), done)
     for module, names in product(modules, SIBLINGS):
         _fuse_products([getattr(module, name, None) for name in names], formulas, done)
-    for module in (module for module in modules if type(module) is LoraLinear):
-        _fuse_products([module], formulas, done)
+    inside = [module for layer in model.get_decoder().layers for module in layer.modules()]
+    bases = {module.base_layer for module in inside if type(module) is LoraLinear}
+    for module in inside:
+        if type(module) in (LoraLinear, nn.Linear) and module not in bases:
+            _fuse_products([module], formulas, done)
     for module in (module for module in modules if hasattr(module, "o_proj")):
         _fuse_attention(module, formulas, done)
     for layer in model.get_decoder().layers if spare == "full" else ():

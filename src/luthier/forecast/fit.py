@@ -28,8 +28,7 @@ Steps = tuple[tuple[Encoded, ...], ...]
 class Work:
     """What memory depends on.
 
-    row_tokens: of all rows that the process holds. reference: whether all rows are also asked without a way
-        back.
+    row_tokens: of all rows that the process holds. reference: rows that are also asked without a way back.
     """
 
     shape: Shape
@@ -37,8 +36,8 @@ class Work:
     validation: tuple[Encoded, ...]
     how: How
     row_tokens: int
-    reference: bool = False
-    known: dict[int, tuple[Layout, ...]] = field(default_factory=dict, compare=False)
+    reference: tuple[Encoded, ...] = ()
+    known: dict[int, tuple[tuple[Layout, ...], ...]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def longest(self) -> int:
@@ -49,16 +48,23 @@ class Work:
         return ((step, bond) for step in self.steps for bond in batch.bonds(step))
 
     def layouts(self, budget: int) -> tuple[Layout, ...]:
+        """Of all micro-batches that are learnt from."""
+        return self._laid(budget)[0]
+
+    def _laid(self, budget: int) -> tuple[tuple[Layout, ...], ...]:
+        """Of those learnt from, and of those that are only looked at."""
         if budget not in self.known:
-            self.known[budget] = tuple(at for rows in self.steps for at in layout.step(rows, budget))
+            parts = self.steps, (self.validation, self.reference)
+            self.known[budget] = tuple(
+                tuple(at for rows in part for at in layout.step(rows, budget)) for part in parts
+            )
         return self.known[budget]
 
     def forecast(self, budget: int) -> Forecast:
         return footprint.forecast(self.shape, self.load(budget), self.how)
 
     def load(self, budget: int) -> footprint.Load:
-        met = self.layouts(budget)
-        looks = (*layout.step(self.validation, budget), *(met if self.reference else ()))
+        met, looks = self._laid(budget)
         return footprint.Load(met, looks, len(met) > len(self.steps), len(self.steps), self.row_tokens)
 
 

@@ -217,7 +217,9 @@ def layer_bytes(
     c, d, tokens = shape.weight_bytes, shape.width, at.tokens
     if checkpointing is Checkpointing.FULL:
         return c * d * tokens
-    norms = tokens * 2 * (2 * c * d + FLOAT32)  # each: its input, its output, one scale
+    again = checkpointing is Checkpointing.SELECTIVE
+    read = bool(shape.stacks[0].rank) + bool(shape.stacks[2].rank or again)  # by products that need it again
+    norms = tokens * ((2 + read) * c * d + 2 * FLOAT32)  # each: its input, one scale, its output where read
     norms += tokens * max(0, shape.norms - 2) * (c * d + FLOAT32)
     if shape.qk_norm:
         norms += tokens * (c * (shape.queries + shape.keys) + FLOAT32 * (shape.heads + shape.kv_heads))
@@ -229,7 +231,7 @@ def layer_bytes(
         attention += at.places * shape.heads * (c * shape.head_width + FLOAT32) if at.streamed else 0
         out = out if shape.stacks[1].rank else 0
     low = c * sum(stack.low + tokens * stack.rank for stack in shape.stacks)
-    both = 0 if checkpointing is Checkpointing.SELECTIVE else c * tokens * 2 * shape.inner
+    both = 0 if again else c * tokens * 2 * shape.inner
     return norms + attention + out + low + both
 
 

@@ -142,7 +142,7 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
     need = fit.Work(
         shape, steps, tuple(batch.flat(validation[row] for row in looked[: phase.validation.rows])),
         way, 0 if device else sum(len(one.ids) for one in batch.flat(train)),
-        "reference" in phase.objective.module.NEEDS,
+        tuple(batch.flat(train)) if "reference" in phase.objective.module.NEEDS else (),
     )  # fmt: skip
     return Work(batch.Loader(ids, dict(enumerate(train)), phase.batch, MICRO_TOKENS, inputs.seed), need)
 
