@@ -100,6 +100,7 @@ TIMES = (
 )
 SETS = {"fitting": FITTING, "times": TIMES}
 FAMILIES = ("llama", "llama", "qwen3", "mistral", "gemma3", "phi3")
+QUERIES, JOINED = ("q_proj", "v_proj"), ("qkv_proj",)  # Phi 3's are one layer
 LARGEST = 140_000_000  # parameters
 OPERATIONS_PER_S = {"bfloat16": 3.5e11, "float32": 1e11}  # roughly, of two cores
 SECONDS = 25  # roughly, of training
@@ -126,11 +127,14 @@ def _one(name: str, draw: random.Random) -> Config:
     each = ((low + high) / 2 + answer) * (2 if objective == "dpo" else 1)
     batch = max(1, round(2 ** draw.uniform(8.6, 11.5) / each))
     a_step = 5 * batch * each * (inside + vocabulary * width * answer / each)
+    kv_heads = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    r = draw.choice((4, 8, 16, 16, 32, 64, 128))
+    targets, family = draw.choice(("all-linear",) * 4 + (QUERIES,)), draw.choice(FAMILIES)
     return Config(
-        name, layers, width, heads, draw.choice([n for n in range(1, heads + 1) if heads % n == 0]), inner,
-        vocabulary, (low, high), batch, max(8, min(60, int(SECONDS * OPERATIONS_PER_S[dtype] / a_step))),
-        r=draw.choice((4, 8, 16, 16, 32, 64, 128)), dtype=dtype, answer=answer, objective=objective,
-        targets=draw.choice(("all-linear",) * 4 + (("q_proj", "v_proj"),)), family=draw.choice(FAMILIES),
+        name, layers, width, heads, kv_heads, inner, vocabulary, (low, high), batch,
+        max(8, min(60, int(SECONDS * OPERATIONS_PER_S[dtype] / a_step))), r=r, dtype=dtype, answer=answer,
+        targets=JOINED if (targets, family) == (QUERIES, "phi3") else targets, family=family,
+        objective=objective,
         checkpointing=draw.choice((None, None, None, "selective", "full")),
         system=draw.choice((None, None, None, "Answer at once. " * 8)),
     )  # fmt: skip
@@ -150,6 +154,7 @@ def main() -> None:
     done = whole.setdefault(f"drawn-{asked.seed}" if judging else asked.set, {"summary": {}, "runs": []})
     if asked.again:
         again(done, asked)
+    done["runs"] = [run for run in done["runs"] if "failed" not in run]  # what failed is tried again
     known = {run["name"] for run in done["runs"]}
     given = {each.name: each for each in (drawn(asked.seed, asked.count) if judging else SETS[asked.set])}
     names = [*given, *(GUARDS if asked.guard and judging else ())]
@@ -330,7 +335,7 @@ def write(config: Config, place: Path, threads: int) -> Path:
             "from": {"name": "files", "files": {"model": "base"}},
             "licence": "CC0-1.0", "dtype": config.dtype,
         },
-        "plan": {"max_length": 4096, "threads": threads, "checkpointing": config.checkpointing},
+        "plan": {"max_length": 8192, "threads": threads, "checkpointing": config.checkpointing},
         "train": [
             {
                 "objective": {"name": config.objective},
