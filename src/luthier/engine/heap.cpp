@@ -1,6 +1,7 @@
 // The heap that tensors lie in: the room of a freed tensor is whole again at once.
 //
-// Source: best fit with merging of neighbours (Knuth, The Art of Computer Programming, volume 1, section 2.5).
+// Source: first fit in the order of addresses, neighbours merged at once (Knuth, The Art of Computer Programming,
+// volume 1, section 2.5): what lies low is used again before anything above it is touched.
 // torch asks glibc for aligned memory; glibc cuts what is too much from such a piece's ends and keeps it aside
 // for small requests, so that a freed room no longer takes a tensor of the very size that left it.
 //
@@ -16,19 +17,15 @@
 #include <iterator>
 #include <map>
 #include <mutex>
-#include <set>
-#include <utility>
 
 namespace {
 
 constexpr std::size_t LEAST = 16 * 1024;  // bytes of a tensor; smaller ones would cut rooms into pieces
 constexpr std::size_t STEP = 64;          // bytes; rooms begin at multiples, as torch's tensors do
 
-using Room = std::pair<char*, std::size_t>;  // where it begins, its bytes
-
 class Heap final : public c10::Allocator {
    public:
-    Heap(char* first, std::size_t bytes) : first(first), end(first), last(first + bytes) {}
+    Heap(char* first, std::size_t bytes) : first(first), last(first + bytes), rooms{{first, bytes}} {}
 
     c10::DataPtr allocate(std::size_t bytes) override {
         char* place = bytes < LEAST ? nullptr : take((bytes + STEP - 1) / STEP * STEP);
@@ -54,25 +51,18 @@ class Heap final : public c10::Allocator {
    private:
     static void free(void* data);
 
-    // The smallest room that is large enough, or more of the end; null where there is no end left.
+    // The lowest room that is large enough, or null.
     char* take(std::size_t bytes) {
         const std::lock_guard<std::mutex> alone(mutex);
-        const auto fit = sizes.lower_bound({bytes, nullptr});
-        char* place;
-        if (fit != sizes.end()) {
-            const auto [size, at] = *fit;
-            drop(at, size);
-            if (size > bytes) add(at + bytes, size - bytes);
-            place = at;
-        } else {
-            const Room room = rooms.empty() ? Room(end, 0) : Room(*rooms.rbegin());
-            place = room.first + room.second == end ? room.first : end;
-            if (bytes > static_cast<std::size_t>(last - place)) return nullptr;
-            if (place != end) drop(place, room.second);
-            end = place + bytes;
+        for (auto room = rooms.begin(); room != rooms.end(); ++room) {
+            const auto [place, size] = *room;
+            if (size < bytes) continue;
+            rooms.erase(room);
+            if (size > bytes) rooms.emplace(place + bytes, size - bytes);
+            taken.emplace(place, bytes);
+            return place;
         }
-        taken[place] = bytes;
-        return place;
+        return nullptr;
     }
 
     // A room that is left grows by its free neighbours.
@@ -82,36 +72,25 @@ class Heap final : public c10::Allocator {
         std::size_t bytes = found->second;
         taken.erase(found);
         const auto above = rooms.lower_bound(place);
-        const Room next = above == rooms.end() ? Room(last, 0) : Room(*above);
-        const Room before = above == rooms.begin() ? Room(nullptr, 0) : Room(*std::prev(above));
-        if (next.first == place + bytes) {
-            drop(next.first, next.second);
-            bytes += next.second;
+        if (above != rooms.begin()) {
+            const auto below = std::prev(above);
+            if (below->first + below->second == place) {
+                place = below->first;
+                bytes += below->second;
+                rooms.erase(below);
+            }
         }
-        if (before.first + before.second == place) {
-            drop(before.first, before.second);
-            place = before.first;
-            bytes += before.second;
+        if (above != rooms.end() && above->first == place + bytes) {
+            bytes += above->second;
+            rooms.erase(above);
         }
-        add(place, bytes);
-    }
-
-    void add(char* place, std::size_t bytes) {
-        rooms[place] = bytes;
-        sizes.insert({bytes, place});
-    }
-
-    void drop(char* place, std::size_t bytes) {
-        rooms.erase(place);
-        sizes.erase({bytes, place});
+        rooms.emplace(place, bytes);
     }
 
     char* const first;
-    char* end;  // of what was ever taken
     char* const last;
     std::mutex mutex;
-    std::map<char*, std::size_t> taken, rooms;  // bytes of each; rooms are free
-    std::set<std::pair<std::size_t, char*>> sizes;
+    std::map<char*, std::size_t> taken, rooms;  // bytes of each; what is in no tensor is a room
 };
 
 Heap* heap = nullptr;  // never deleted: tensors outlive all else
