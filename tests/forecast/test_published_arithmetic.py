@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from luthier.forecast import flops, footprint, layout
+from luthier.forecast import bits, flops, footprint, layout
 from luthier.methods import lora
 from luthier.template import Encoded
 
@@ -73,21 +73,21 @@ def test_rank_8_on_queries_and_values_of_llama_2_7b() -> None:
 
 
 def test_bits_per_parameter_full_lora_and_qlora_and_the_sum_that_slides_get_wrong() -> None:
-    full = footprint.bits(16)
-    lora_ = footprint.bits(16, share=0.025, moments_bits=32)
-    qlora = footprint.bits(4, share=0.025, moments_bits=32)
+    full = bits.bits(16)
+    lora_ = bits.bits(16, share=0.025, moments_bits=32)
+    qlora = bits.bits(4, share=0.025, moments_bits=32)
     assert (full.weights, full.gradients, full.optimiser, full.total) == (16, 16, 64, 96)
     assert (lora_.adapters, lora_.gradients, lora_.optimiser) == pytest.approx((0.4, 0.4, 0.8))
     assert lora_.total == pytest.approx(17.6)
     assert qlora.total == pytest.approx(5.6), "the parts listed; the published sum is 5.2"
-    sizes = [round(bits * 65 / 8) for bits in (full.total, lora_.total, 5.2)]
+    sizes = [round(each * 65 / 8) for each in (full.total, lora_.total, 5.2)]
     assert sizes == [780, 143, 42] and full.total_bytes(65e9) == 780e9
     assert round(full.total / 5.2, 1) == 18.5
 
 
 def test_double_quantisation_takes_constants_from_a_half_to_0_127_bits() -> None:
-    once = footprint.constants_bits([64], [32])
-    twice = footprint.constants_bits([64, 256], [8, 32])
+    once = bits.constants_bits([64], [32])
+    twice = bits.constants_bits([64, 256], [8, 32])
     assert once == 0.5 and twice == 8 / 64 + 32 / (64 * 256) and round(twice, 3) == 0.127
     assert round(once - twice, 3) == 0.373
     assert round((once - twice) * 65e9 / 8 / 1e9, 1) == 3.0
@@ -101,7 +101,7 @@ def test_mixtral_has_46_7_billion_weights_and_12_9_at_work_for_a_token() -> None
 
 
 def test_full_tuning_of_7_billion_weights_in_float32_takes_112_gb() -> None:
-    full = footprint.bits(32, trained_bits=32, moments_bits=64)
+    full = bits.bits(32, trained_bits=32, moments_bits=64)
     assert full.total / 8 == 16 and full.total_bytes(7e9) == 112e9
 
 

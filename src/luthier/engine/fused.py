@@ -195,13 +195,9 @@ class _Gated(torch.autograd.Function):
         both_T_2F, x_T_R = mlp.both.forward(x_T_E, low)
         y_T_E, h_T_R = mlp.down.forward(mlp.gate(both_T_2F), low_down)
         kept = (
-            x_T_E if count or mlp.again else None,
-            None if mlp.again else both_T_2F,
-            x_T_R,
-            h_T_R,
-            *(low or (None, None)),
-            *(low_down or (None, None)),
-        )
+            x_T_E if count or mlp.again else None, None if mlp.again else both_T_2F, x_T_R, h_T_R,
+            *(low or (None, None)), *(low_down or (None, None)),
+        )  # fmt: skip
         ctx.save_for_backward(*kept, *adapters)
         ctx.mlp, ctx.count = mlp, count
         return y_T_E

@@ -2,8 +2,7 @@
 
 Sources: the shapes in the model's configuration; what `engine.fused`, `engine.attention` and `engine.head`
 keep from the forward to the backward pass, tensor by tensor, for the micro-batches that will really come
-(`forecast.layout`); Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980); bits per parameter as in the
-table that QLoRA's authors drew up (Dettmers et al. 2023, arXiv 2305.14314), double quantisation included.
+(`forecast.layout`); Adam's two moments (Kingma & Ba 2015, arXiv 1412.6980).
 
 Some numbers are not derived: what the process takes before any weight and what one compiled product of the
 matrix library takes (both are measured where a trial can be made, `settled`), and, where tensors do not lie
@@ -16,7 +15,7 @@ It does not know experts, optimisers that are sharded, or weights that train in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -381,36 +380,3 @@ def smaller(shape: Shape, layers: int) -> Shape:
     share = layers / shape.layers
     kept = shape.parameters - round(shape.blocks * (1 - share))
     return replace(shape, layers=layers, parameters=kept, trainable=round(shape.trainable * share))
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Bits per parameter of the base: how a method's footprint is told in papers."""
-
-    weights: float
-    adapters: float
-    gradients: float
-    optimiser: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.adapters + self.gradients + self.optimiser
-
-    def total_bytes(self, parameters: float) -> float:
-        return parameters * self.total / 8
-
-
-def bits(weight_bits: float, share: float = 1.0, trained_bits: float = 16, moments_bits: float = 64) -> Bits:
-    """`share` of as many weights as the base has train, each with a gradient and two moments; 1.0: itself."""
-    adapters = 0.0 if share == 1.0 else share * trained_bits
-    return Bits(weight_bits, adapters, share * trained_bits, share * moments_bits)
-
-
-def constants_bits(blocks: Sequence[int], widths: Sequence[int] = (32,)) -> float:
-    """Quantisation constants per weight: one of `widths[0]` bits for every `blocks[0]` weights, and one of
-    `widths[1]` bits for every `blocks[1]` of those, and so on."""
-    per_weight, reach = 0.0, 1
-    for block, width in zip(blocks, widths, strict=True):
-        reach *= block
-        per_weight += width / reach
-    return per_weight
