@@ -1,7 +1,8 @@
 """Bits per parameter: how a method's footprint is told in papers, whatever the batch is.
 
-Sources: bits of weights, adapters, gradients and moments as in the table that QLoRA's authors drew up, double
-quantisation included (Dettmers et al. 2023, arXiv 2305.14314). It does not know activations: `footprint` does.
+Sources: bits of weights, adapters, gradients and moments as in the table that QLoRA's authors drew up
+(Dettmers et al. 2023, arXiv 2305.14314), double quantisation included. It does not know activations:
+`footprint` does.
 """
 
 from __future__ import annotations
