@@ -81,6 +81,7 @@ bench: $(STAMP) bench-peers ## speed, memory and loss against the rivals (hours;
 	$(BIN)/python bench/run.py bench/.rows $(RESULTS)/$(NAME)-speed.json
 	$(BIN)/python bench/run.py bench/.rows $(RESULTS)/$(NAME)-ablations.json --systems ablations --workloads chat,equal
 	$(BIN)/python bench/run.py bench/.rows $(RESULTS)/$(NAME)-loss.json --workloads chat --rounds 1 --steps 40 --looks 5
+	$(BIN)/python bench/step.py bench/.rows $(RESULTS)/$(NAME)-step.json
 
 SERVERS := $(PEERS)/vllm/.ready $(PEERS)/llamacpp/.ready
 bench-serve: $(STAMP) $(SERVERS) ## answers a second, beside vLLM, llama.cpp and plain PEFT (an hour; bench/README.md)
