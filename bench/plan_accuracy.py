@@ -180,7 +180,7 @@ def again(done: dict[str, Any], asked: argparse.Namespace) -> None:
         config = Config(**run["config"]) if run["name"] not in GUARDS else None
         found = once(run["name"], config, asked)
         if "failed" not in found and "failed" not in run:
-            run["predicted_bytes"] = found["predicted_bytes"]
+            run |= {name: found[name] for name in ("predicted_bytes", "trial_bytes")}
             run["peak_error"] = round(found["predicted_bytes"]["total"] / run["peak_bytes"] - 1, 4)
     done["summary"] = summary(done["runs"])
 
@@ -256,7 +256,8 @@ def inside(asked: argparse.Namespace) -> None:
         )
         stages = {record.stage: record for record in done.stages}
         if asked.again:
-            print(json.dumps({"predicted_bytes": stages["plan"].facts["bytes"]}))
+            plan = stages["plan"].facts
+            print(json.dumps({"predicted_bytes": plan["bytes"], "trial_bytes": plan["trial"]}))
             return
         observed = Path(home) / "artifacts" / stages["train"].digest / "observed"
         steps = [json.loads(text) for text in (observed / "timings.jsonl").read_text().splitlines()]
@@ -359,7 +360,7 @@ def model(config: Config, folder: Path) -> None:
     )
     given = json.dumps(asdict(config))
     command = [sys.executable, "-c", code, str(Path(__file__).parent), given, str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # what it says of a failure is ours
 
 
 def _model(given: str, folder: str) -> None:

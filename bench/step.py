@@ -4,8 +4,8 @@
 
 luthier's engine as `systems/luthier_run.py` runs it, with a clock around every formula and product. What a
 part calls within itself counts there alone; what no clock is around is `rest`: the optimiser, casts, residual
-sums, embeddings, autograd and Python. The clocks take about a thousandth. A number multiplied and added is
-two operations. On a CPU with AMX attention is torch's products and falls under `rest`.
+sums, embeddings, autograd and Python. A number multiplied and added is two operations. On a CPU with AMX
+attention's products are torch's and fall under `rest`.
 
 It does not know the other systems.
 """
@@ -84,6 +84,10 @@ def watch(clock: Clock, kernels: Any) -> Any:
         ),
         norm=clock.timed("norms", kernels.norm),
         norm_backward=clock.timed("norms", kernels.norm_backward),
+        **{
+            name: clock.timed("attention", getattr(kernels, name))
+            for name in ("soften", "soften_backward", "turn", "unturn")
+        },
         gate={name: clock.timed("gate", work) for name, work in kernels.gate.items()},
         gate_backward={name: clock.timed("gate", work) for name, work in kernels.gate_backward.items()},
         settle=clock.timed("head's softmax", kernels.settle),
@@ -99,9 +103,11 @@ def main() -> None:
     asked = arguments()
     about = json.loads((asked.rows / "about.json").read_text("utf-8"))
     found = {"machine": run.machine() | asked.host.as_dict(), "dtype": asked.dtype, "workloads": {}}
+    plain = flash._library, head.token_scores
     for workload in asked.workloads:
         clock = Clock()
         seconds, tokens = steps(asked, about, workload, clock)
+        flash._library, head.token_scores = plain
         found["workloads"][workload] = told(clock, seconds, tokens)
         run.keep(asked.result, found)
         print(table(workload, found["workloads"][workload]), flush=True)
@@ -116,6 +122,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps that are not counted")
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
+    if asked.warmup >= asked.steps:
+        parser.error("--warmup leaves no step to count")
     asked.workloads = asked.workloads.split(",")
     asked.host = run.host.probe()
     asked.dtype = asked.host.dtype
@@ -131,7 +139,6 @@ def steps(asked: Any, about: Any, workload: str, clock: Clock) -> tuple[list[flo
             seed=run.SEED, threads=asked.threads, variant="full", dtype=asked.dtype, scratch=scratch,
         )  # fmt: skip
         ideas = luthier_run.VARIANTS["full"]
-        plain = flash._library, head.token_scores
         kernels = watch(clock, luthier_run.formulas(ideas))
         _, done = luthier_run.training(job, ideas, kernels, luthier_run.encoded(job.read()))
         seconds, tokens = [], []
@@ -142,7 +149,6 @@ def steps(asked: Any, about: Any, workload: str, clock: Clock) -> tuple[list[flo
                 continue
             seconds.append(step.seconds)
             tokens.append(step.tokens)
-        flash._library, head.token_scores = plain
     return seconds, tokens
 
 

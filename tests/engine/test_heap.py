@@ -99,3 +99,34 @@ def test_what_does_not_fit_lies_where_torch_puts_it() -> None:
     done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 4 * 2**20
+
+
+FORKED = """
+import os, signal, threading
+import torch
+from luthier.engine import heap
+assert heap.hold()
+done = threading.Event()
+
+def work():
+    while not done.is_set():
+        torch.zeros(30_000)
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(200):
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # a lock that is held for ever ends it
+        os._exit(int(torch.ones(30_000).sum()) != 30_000)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+done.set()
+"""
+
+
+def test_a_fork_while_others_work_leaves_the_child_a_heap_that_works() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

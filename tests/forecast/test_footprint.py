@@ -70,6 +70,23 @@ def test_a_look_at_many_learnt_tokens_under_a_large_vocabulary_may_be_the_peak()
     assert looked.total > alone_.total
 
 
+def test_the_library_keeps_the_heads_products_alone_where_layers_have_their_own() -> None:
+    met = [
+        replace(alone(tokens), loss_tokens=learnt) for tokens, learnt in [(100, 20), (200, 20), (300, 300)]
+    ]
+    own, torchs = (footprint.products_bytes(SHAPE, How(flash=flash_), met) for flash_ in (True, False))
+    assert own == footprint.PRODUCT_BYTES * 2 * len({20, 256, 300 - 256})
+    assert torchs == footprint.PRODUCT_BYTES * 38 * len({100, 200, 300})
+    assert footprint.products_bytes(replace(SHAPE, weight_bytes=4), How(), met) == 0
+
+
+def test_a_heap_of_their_own_loses_nothing_of_what_tensors_leave() -> None:
+    slacks = [
+        footprint.forecast(SHAPE, Load((alone(tokens),)), How(heap=True)).slack for tokens in (300, 9000)
+    ]
+    assert slacks == [footprint.BESIDE_BYTES] * 2
+
+
 def test_gradients_take_the_place_of_what_was_kept_where_a_step_is_one_micro_batch() -> None:
     shape = replace(SHAPE, trainable=10_000)
     one, more = (

@@ -4,13 +4,14 @@ Sources: the gradient of W x + s B A x (Hu et al. 2021, arXiv 2106.09685) writte
 LoRAFusion (arXiv 2510.00206). Layers that read one input (q, k, v; gate, up) are one product with one saved
 input: their frozen weights lie in one tensor, their A's are stacked, their B's form a block diagonal.
 Products run in the base's number type, with the adapter's float32 masters cast once a call; an MLP keeps
-its input and (gate, up) and nothing else. The adapter's product and the base's are summed in float32
-(`kernels.total`).
+(gate, up), its input if adapters need it, and nothing else. The adapter's product and the base's are summed
+in float32 (`kernels.total`).
 
-`fuse` replaces the forward of a module only after the replacement has given the module's own answer on a
-trial; what it does not recognise (dropout, DoRA, trained base weights, other MLPs) it leaves as it was. With
-`spare` an MLP computes (gate, up) again on the way back, or whole decoder layers are computed again (Chen et
-al. 2016, arXiv 1604.06174): less memory, the same bits. It knows no files; parameters stay PEFT's own.
+`fuse` replaces the forward of a norm, an MLP or an attention only after the replacement has given the
+module's own answer on a trial; what it does not recognise (dropout, DoRA, trained base weights, other MLPs)
+it leaves as it was. With `spare` an MLP computes (gate, up) again on the way back, or whole decoder layers
+are computed again (Chen et al. 2016, arXiv 1604.06174): less memory, the same bits. It knows no files;
+parameters stay PEFT's own.
 """
 
 from __future__ import annotations
@@ -111,10 +112,9 @@ class Stack:
 
     def forward(self, x_T_E: Tensor, low: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """The output, and the input in the adapters' (T, R) space, which the way back needs again."""
-        x_T_R = None if low is None else self._total(x_T_E, low[0].T)
-        more = None if low is None or x_T_R is None else (x_T_R, low[1].T)
+        more = None if low is None else (self._total(x_T_E, low[0].T), low[1].T)
         y_T_O = self._total(x_T_E, self.weight_O_E.T, more)
-        return (y_T_O if self.bias_O is None else y_T_O.add_(self.bias_O)), x_T_R
+        return (y_T_O if self.bias_O is None else y_T_O.add_(self.bias_O)), more and more[0]
 
     def input_gradient(
         self, grad_T_O: Tensor, low: tuple[Tensor, Tensor] | None, wanted: bool = True

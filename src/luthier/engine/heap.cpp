@@ -8,7 +8,7 @@
 // Small tensors stay with torch's own allocator. It does not know threads' caches, devices, or huge pages.
 
 #include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/alloc_cpu.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -28,8 +28,9 @@ class Heap final : public c10::Allocator {
     Heap(char* first, std::size_t bytes) : first(first), last(first + bytes), rooms{{first, bytes}} {}
 
     c10::DataPtr allocate(std::size_t bytes) override {
-        char* place = bytes < LEAST ? nullptr : take((bytes + STEP - 1) / STEP * STEP);
-        void* data = place ? place : c10::alloc_cpu(bytes);
+        const bool large = bytes >= LEAST && bytes <= static_cast<std::size_t>(last - first);
+        char* const place = large ? take((bytes + STEP - 1) / STEP * STEP) : nullptr;
+        void* const data = place ? place : c10::GetDefaultCPUAllocator()->raw_allocate(bytes);
         return {data, data, &free, c10::Device(c10::DeviceType::CPU)};
     }
 
@@ -47,6 +48,8 @@ class Heap final : public c10::Allocator {
             if (low < high) madvise(reinterpret_cast<void*>(low), high - low, MADV_DONTNEED);
         }
     }
+
+    std::mutex mutex;
 
    private:
     static void free(void* data);
@@ -89,7 +92,6 @@ class Heap final : public c10::Allocator {
 
     char* const first;
     char* const last;
-    std::mutex mutex;
     std::map<char*, std::size_t> taken, rooms;  // bytes of each; what is in no tensor is a room
 };
 
@@ -100,7 +102,7 @@ void Heap::free(void* data) {
     if (place >= heap->first && place < heap->last) {
         heap->leave(place);
     } else {
-        c10::free_cpu(data);
+        c10::GetDefaultCPUAllocator()->raw_deallocate(data);
     }
 }
 
@@ -110,10 +112,14 @@ extern "C" {
 
 // From now on tensors lie in a heap of at most so many bytes of address space; false if those are not to be had.
 bool hold(long bytes) {
+    static std::mutex once;
+    const std::lock_guard<std::mutex> alone(once);
     if (heap) return true;
     void* place = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (place == MAP_FAILED) return false;
     heap = new Heap(static_cast<char*>(place), bytes);
+    // A child that is forked finds the heap whole and nobody at work in it.
+    pthread_atfork([] { heap->mutex.lock(); }, [] { heap->mutex.unlock(); }, [] { heap->mutex.unlock(); });
     c10::SetCPUAllocator(heap, 1);
     return true;
 }

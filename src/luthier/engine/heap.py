@@ -3,8 +3,8 @@
 Sources: `heap.cpp` beside this file, through torch's own `SetCPUAllocator`; glibc's `mallopt` and
 `malloc_trim`. Given back to the kernel after each use, every large tensor would be touched for the first
 time again, page by page: a fifth of a step. Kept by glibc, rooms do not fit again what left them: a step
-holds 15 % more than its tensors, or four times as much where layers are computed again (docs/LOG.md,
-2026-11-26).
+holds 15 % more than its tensors, or four times as much where layers are computed again (decision
+15).
 
 It does not know GPUs, nor what was allocated before it was there.
 """
@@ -39,7 +39,7 @@ def hold() -> bool:
 
 
 def hold_glibc() -> None:
-    """Keep freed memory in glibc's heap, whatever comes; a tensor seldom fits where one of its size was."""
+    """The same in glibc's heap, where a tensor seldom fits into what one of its size has left."""
     with suppress(OSError, AttributeError):
         glibc = ctypes.CDLL(None)
         glibc.mallopt(_M_MMAP_MAX, 0)

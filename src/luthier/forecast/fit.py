@@ -37,7 +37,7 @@ class Work:
     how: How
     row_tokens: int
     reference: tuple[Encoded, ...] = ()
-    known: dict[int, tuple[tuple[Layout, ...], ...]] = field(default_factory=dict, compare=False)
+    known: dict[tuple[int, str], tuple[Layout, ...]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def longest(self) -> int:
@@ -49,23 +49,23 @@ class Work:
 
     def layouts(self, budget: int) -> tuple[Layout, ...]:
         """Of all micro-batches that are learnt from."""
-        return self._laid(budget)[0]
+        return self._laid(budget, "steps", self.steps)
 
-    def _laid(self, budget: int) -> tuple[tuple[Layout, ...], ...]:
-        """Of those learnt from, and of those that are only looked at."""
-        if budget not in self.known:
-            parts = self.steps, (self.validation, self.reference)
-            self.known[budget] = tuple(
-                tuple(at for rows in part for at in layout.step(rows, budget)) for part in parts
-            )
-        return self.known[budget]
+    def looks(self, budget: int) -> tuple[Layout, ...]:
+        """Of those without a way back."""
+        return self._laid(budget, "looks", (self.validation, self.reference))
+
+    def _laid(self, budget: int, name: str, parts: tuple[tuple[Encoded, ...], ...]) -> tuple[Layout, ...]:
+        if (budget, name) not in self.known:
+            self.known[budget, name] = tuple(at for rows in parts for at in layout.step(rows, budget))
+        return self.known[budget, name]
 
     def forecast(self, budget: int) -> Forecast:
         return footprint.forecast(self.shape, self.load(budget), self.how)
 
     def load(self, budget: int) -> footprint.Load:
-        met, looks = self._laid(budget)
-        return footprint.Load(met, looks, len(met) > len(self.steps), len(self.steps), self.row_tokens)
+        met, several = self.layouts(budget), len(self.layouts(budget)) > len(self.steps)
+        return footprint.Load(met, self.looks(budget), several, len(self.steps), self.row_tokens)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ SPREAD_BYTES = 105_000_000  # the same for any step: pieces that stay lie betwee
 LEAST_SPREAD_BYTES, SPREAD_SHARE = 55_000_000, 0.6  # of small models, and where little is kept, less
 FRAGMENTATION_FLOAT32, SPREAD_FLOAT32_BYTES = 0.08, 40_000_000  # where no compiled products are made
 SATURATED = 24  # steps after which no more is lost so; up to there each doubling loses as much again
+BESIDE_BYTES = 8_000_000  # where tensors lose nothing (`engine.heap`): more of Python than a trial has
 ROW_TOKEN_BYTES = 45  # a row's token and its mask, as Python keeps them
 
 
@@ -159,11 +160,10 @@ class How:
 
     here: on a CPU, whose matrix library keeps one compiled product for each shape of 16 bit numbers, and
         whose memory holds checkpoints until they are on disk.
-    fragmentation: what freed pieces that fit nothing take of what comes and goes (`lost_bytes`).
+    fragmentation: what freed pieces that fit nothing take of what comes and goes, without `heap`.
     sampling_bytes: what the same process holds to sample answers, beside all of training.
     flash: attention keeps what came in and went out, no scores (`engine.flash`, and kernels of a GPU).
     heap: tensors lie in a heap of their own (`engine.heap`), whose freed rooms are whole.
-    multiplies: layers' products are our own (`engine.native`); the matrix library has the head's alone.
     """
 
     checkpointing: Checkpointing = Checkpointing.NONE
@@ -177,7 +177,6 @@ class How:
     sampling_bytes: int = 0
     flash: bool = False
     heap: bool = False
-    multiplies: bool = False
 
 
 @dataclass(frozen=True)
@@ -285,7 +284,7 @@ class Load:
     layouts:    of all micro-batches; looks: of those without a way back.
     several:    whether a step may have more than one, and so gradients while another is on its way.
     row_tokens: of all rows that it holds.
-    steps:      each lays its tensors out anew, as its micro-batches are of other sizes.
+    steps:      each lays its tensors out anew, as its micro-batches are of other sizes; glibc's heap minds.
     """
 
     layouts: tuple[Layout, ...]
@@ -305,7 +304,8 @@ def forecast(shape: Shape, load: Load, how: How) -> Forecast:
     lost = lost_bytes(shape, activations + head, how, load.steps)
     looked = max((looking_bytes(shape, at, how) for at in set(load.looks)), default=0)
     if looked > activations + head + lost:  # freed memory is given back around a look
-        activations, head, lost = 0, looked, 0 if how.heap else round(how.fragmentation * looked)
+        activations, head = 0, looked
+        lost = BESIDE_BYTES if how.heap else round(how.fragmentation * looked)
     known = {
         "process": how.process_bytes + how.sampling_bytes,
         "rows": ROW_TOKEN_BYTES * load.row_tokens,
@@ -324,10 +324,11 @@ def forecast(shape: Shape, load: Load, how: How) -> Forecast:
 def lost_bytes(shape: Shape, moving: int, how: How, steps: int) -> int:
     """Freed pieces that fit nothing: in any case some, and a share of what comes and goes.
 
-    Steps of other sizes lose more and more, where compiled products are made and stay between.
+    Steps of other sizes lose more and more, where compiled products are made and stay between. In a heap of
+    their own tensors lose nothing; what is beside it is training's own code.
     """
     if how.heap:
-        return 0
+        return BESIDE_BYTES
     if not how.here:
         return round(how.fragmentation * moving)
     if shape.weight_bytes == FLOAT32:
@@ -341,7 +342,7 @@ def products_bytes(shape: Shape, how: How, met: Iterable[Layout]) -> int:
     """What the matrix library keeps once it has met these micro-batches."""
     if not how.here or shape.weight_bytes == FLOAT32:
         return 0
-    if how.multiplies:
+    if how.flash:  # layers have products of our own then, too: the library has the head's alone
         tiles = {rows for at in met for rows in tile_sizes(at, how)}
         return how.product_bytes * min(PRODUCTS, PRODUCTS_A_TILE * len(tiles))
     return how.product_bytes * min(PRODUCTS, PRODUCTS_A_SIZE * len({at.tokens for at in met}))

@@ -4,7 +4,7 @@ What closed forms cannot know is measured here, in the process that plans: what 
 take, what the matrix library keeps of each shape it met (`resident_bytes`), and the peak of these few, below
 which no training will stay. The largest of the whole training is among them.
 
-It does not know what hundreds of steps do to the heap; `forecast.footprint` has a share for that.
+It does not know what hundreds of steps do to glibc's heap; `forecast.footprint` has a share for that.
 """
 
 from __future__ import annotations
@@ -59,19 +59,14 @@ class Trial:
 
 
 def run(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> Trial:
-    micros = _few(work, chosen)
-    timed, looked, gap, (loaded, peak) = _micros(phase, inputs, work, (chosen, micros))
+    tried = _micros(phase, inputs, work, chosen)
     heap.release()
-    met = tuple(map(layout.of, micros))
-    return Trial(tuple(timed), looked, gap, loaded, peak, memory.rss_bytes(), met)
+    return replace(tried, resident_bytes=memory.rss_bytes())
 
 
-def _micros(
-    phase: Any, inputs: Inputs, work: Work, tried: tuple[fit.Choice, list[list[Encoded]]]
-) -> tuple[list[Timed], Timed, float, tuple[int, int]]:
-    """Times, the gap, what was loaded and the peak; what was made for them is gone afterwards."""
+def _micros(phase: Any, inputs: Inputs, work: Work, chosen: fit.Choice) -> Trial:
+    """All but what is resident when what was made for it is gone, as it is afterwards."""
     shape, need = work.need.shape, work.need
-    chosen, (warm, *micros) = tried
     dtype = "bfloat16" if shape.weight_bytes == 2 else "float32"
     model = bases.load(inputs.artefacts["model"] / "base", dtype)
     first = need.steps[0]
@@ -79,7 +74,9 @@ def _micros(
     model = phase.method.module.attach(model, phase.method.params, inputs.seed)
     formulas = native.kernels(need.how.compiled)
     fused.fuse(model, formulas, chosen.checkpointing.value)
-    made = [(_taught(batch.collate(rows), phase.objective), layout.of(rows)) for rows in micros]
+    warm, *made = [
+        (_taught(batch.collate(rows), phase.objective), layout.of(rows)) for rows in _few(work, chosen)
+    ]
     params = phase.objective.params
 
     def descend(micro: Batch) -> None:
@@ -87,21 +84,26 @@ def _micros(
         logp_N = head.batch_logps(model, micro, head.TILE, formulas)
         phase.objective.module.loss(logp_N, micro.reference_N, micro, params).total.backward()
 
+    @torch.no_grad()
+    def look(micro: Batch) -> None:
+        head.batch_logps(model, micro, head.TILE, formulas)
+
     model.train()
     heap.release()
     loaded = memory.rss_bytes()
     told = memory.forget_peak()
-    descend(_taught(batch.collate(warm), phase.objective))  # the first one makes what all others use again
-    timed: list[Timed] = [
+    descend(warm[0])  # the first one makes what all others use again
+    timed = tuple(
         (flops.training(shape, at, chosen.checkpointing).total, _seconds(descend, micro))
         for micro, at in made
-    ]
+    )
     peak = memory.peak_rss_bytes() if told else 0
     model.eval()
-    with torch.no_grad():
-        micro, at = made[len(made) // 2]
-        looked = _seconds(lambda micro: head.batch_logps(model, micro, head.TILE, formulas), micro)
-    return timed, (flops.validation(shape, at).total, looked), gap, (loaded, peak)
+    micro, at = made[len(made) // 2]
+    look(warm[0])
+    looked = flops.validation(shape, at).total, _seconds(look, micro)
+    met = tuple(at for _, at in (warm, *made))
+    return Trial(timed, looked, gap, loaded, peak, resident_bytes=0, met=met)
 
 
 def _taught(micro: Batch, objective: Any) -> Batch:

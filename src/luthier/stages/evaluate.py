@@ -24,7 +24,7 @@ import torch
 
 from luthier import artifacts, plugins, statistics, template
 from luthier.baselines import Baseline, Task
-from luthier.engine import memory
+from luthier.engine import heap, memory
 from luthier.errors import DataError, Interrupted
 from luthier.inference.generate import Runtime
 from luthier.inference.sampling import Sampling
@@ -83,6 +83,7 @@ class Exam:
 
 def run(section: Any, inputs: Inputs, out: Path) -> dict[str, Any]:
     torch.set_num_threads(artifacts.read_json(inputs.artefacts["plan"] / "plan.json")["threads"])
+    heap.release()
     memory.forget_peak()
     base, adapter = inputs.artefacts["model"] / "base", inputs.artefacts["train"] / "adapter"
     rows = _sample(_rows(inputs, section.split), section.rows, inputs.seed)

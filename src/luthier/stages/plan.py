@@ -120,6 +120,7 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
     ids = tuple(row[0].id for row in train)
     held = getattr(phase.objective.params, "iterations", 1)  # steps on the same rows, one after the other
     count = phase.steps or held * math.ceil(phase.epochs * len(ids) / phase.batch)
+    read = batch.Loader.needed(ids, phase.batch, inputs.seed, math.ceil(count / held))
     steps = tuple(
         tuple(batch.flat(train[row] for row in batch.rows_of(ids, phase.batch, inputs.seed, at)))
         for at in (math.ceil(step / held) for step in range(1, count + 1))
@@ -133,8 +134,7 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
     if way.here:
         way = replace(way, heap=heap.hold())
     if way.here and way.compiled:
-        flashes = flash.knows(getattr(torch, dtype), shape.head_width)
-        way = replace(way, flash=flashes, multiplies=native.multiplies())
+        way = replace(way, flash=flash.knows(getattr(torch, dtype), shape.head_width))
     if _sampling.wanted(phase):
         longest = max(len(one.ids) for one in batch.flat(train))
         way, validation = replace(way, sampling_bytes=_sampling.held_bytes(shape, phase, longest)), []
@@ -142,7 +142,7 @@ def _work(section: Any, inputs: Inputs, target: tuple[str, Device | None]) -> Wo
     need = fit.Work(
         shape, steps, tuple(batch.flat(validation[row] for row in looked[: phase.validation.rows])),
         way, 0 if device else sum(len(one.ids) for one in batch.flat(train)),
-        tuple(batch.flat(train)) if "reference" in phase.objective.module.NEEDS else (),
+        tuple(batch.flat(train[row] for row in read)) if "reference" in phase.objective.module.NEEDS else (),
     )  # fmt: skip
     return Work(batch.Loader(ids, dict(enumerate(train)), phase.batch, MICRO_TOKENS, inputs.seed), need)
 
@@ -156,11 +156,16 @@ def _placement(budget: Any, work: Work, allowed: float) -> str:
 
 
 def _shared(work: Work, kind: str, processes: int) -> Work:
-    """The work of one process: of what is shared it holds a part, though a layer is whole for a moment."""
+    """The work of one process: of what is shared it holds a part, though a layer is whole for a moment.
+
+    Layers that are shared are torch's own, with its attention and its products.
+    """
     if kind != "fsdp":
         return work
-    held = math.ceil(work.need.shape.parameters / processes)
-    return replace(work, need=replace(work.need, shape=replace(work.need.shape, parameters=held)))
+    shape = replace(work.need.shape, parameters=math.ceil(work.need.shape.parameters / processes))
+    way = work.need.how
+    way = replace(way, flash=way.flash and not way.here)
+    return replace(work, need=replace(work.need, shape=shape, how=way))
 
 
 def _micro_tokens(work: Work, processes: int) -> int:
@@ -246,16 +251,16 @@ def _tried(
     """Minutes and bytes on this machine, from a few real micro-batches; how far packing is from plain."""
     inputs.tell(Event("plan", "trying a few real micro-batches"))
     shape, kind = work.need.shape, chosen.checkpointing
-    held_out = layout.step(work.need.validation, chosen.micro_tokens)
     training = [flops.training(shape, at, kind).total for at in chosen.layouts]
-    validation = [flops.validation(shape, at).total for at in held_out]
+    held_out, asked = (
+        [flops.validation(shape, at).total for at in layout.step(rows, chosen.micro_tokens)]
+        for rows in (work.need.validation, work.need.reference)
+    )
     trial = _trial.run(phase, inputs, work, chosen)
     descent, look = pace.fit(trial.timed), pace.fit([trial.looked])
-    seconds = descent.seconds(training) + looks(work, phase) * look.seconds(validation)
-    if "reference" in phase.objective.module.NEEDS:  # which is asked once of every row
-        rows = batch.flat(work.loader.rows.values())
-        asked = [*layout.step(rows, chosen.micro_tokens), *held_out]
-        seconds += look.seconds(flops.validation(shape, at).total for at in asked)
+    seconds = descent.seconds(training) + looks(work, phase) * look.seconds(held_out)
+    if asked:  # a reference is, once of every row, held-out ones as well
+        seconds += look.seconds([*asked, *held_out])
     return {
         "minutes": seconds / 60,
         "packing_gap": trial.gap,

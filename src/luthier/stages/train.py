@@ -13,6 +13,7 @@ rows). It does not know what the loss is, which weights move, or how good the an
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,12 @@ def carry_out(section: Any, inputs: Inputs, out: Path, place: Placement) -> dict
     work = _prepare(section[0], plan, inputs, place)
     if "rollouts" in section[0].objective.module.NEEDS:
         work = _rollouts.ready(work, plan, inputs)
+    began = time.monotonic()
     if "reference" in section[0].objective.module.NEEDS:
         work = _reference.ready(work, plan, inputs)
+    asked_s = time.monotonic() - began
     progress = resume(work)
+    progress.seconds += asked_s  # as the plan counts it
     with Saver(work.folder) as saver:
         descend(work, progress, saver)
     if progress.best_weights:
