@@ -3,8 +3,7 @@
 Sources: `heap.cpp` beside this file, through torch's own `SetCPUAllocator`; glibc's `mallopt` and
 `malloc_trim`. Given back to the kernel after each use, every large tensor would be touched for the first
 time again, page by page: a fifth of a step. Kept by glibc, rooms do not fit again what left them: a step
-holds 15 % more than its tensors, or four times as much where layers are computed again (decision
-15).
+holds 15 % more than its tensors, or four times as much where layers are computed again (decision 15).
 
 It does not know GPUs, nor what was allocated before it was there.
 """
